@@ -1,0 +1,1 @@
+"""REST routes and the WebSocket hub over history and the live tail. Imports schemas."""
