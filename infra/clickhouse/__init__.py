@@ -1,0 +1,1 @@
+"""ClickHouse: tables, the client and the writer."""

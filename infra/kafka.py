@@ -1,0 +1,287 @@
+"""Kafka clients of every process: producer, consumers, topic creation. Frames and rows in, acknowledged offsets out.
+
+All settings that decide whether a record can be lost stand here, each with its reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from infra.errors import MarketstreamError, UnreachableError
+from infra.registry_client import RegistryClient
+from infra.settings import KafkaSettings
+from schemas.codec import MAX_RECORD_BYTES, FrameCodec, RowCodec
+from schemas.frames import Frame
+from schemas.topics import TOPICS, Topic
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S: Final = 10.0
+_POLL_INTERVAL_S: Final = 0.002
+
+
+class TopicLayoutError(MarketstreamError):
+    """A topic exists with another number of partitions than this stack is set to."""
+
+
+def unreachable(settings: KafkaSettings, exc: Exception) -> UnreachableError:
+    """One sentence for a broker that does not answer."""
+    return UnreachableError(f"Kafka at {settings.bootstrap} does not answer ({exc}): start the stack or set MARKETSTREAM_KAFKA_BOOTSTRAP.")
+
+
+def producer_config(settings: KafkaSettings, **overrides: Any) -> dict[str, Any]:
+    """Librdkafka settings of a producer that loses and doubles nothing."""
+    return {
+        **settings.client_config(),
+        "acks": "all",
+        "enable.idempotence": True,
+        # Never give up on a record: a broker that is away for an hour must not cost one trade. The queue below bounds memory instead.
+        "message.timeout.ms": 0,
+        "message.max.bytes": MAX_RECORD_BYTES + 64 * 1024,
+        "queue.buffering.max.kbytes": 128 * 1024,
+        "queue.buffering.max.messages": 200_000,
+        # Frames are already batches: waiting for more would only add latency.
+        "linger.ms": 0,
+        "compression.type": "lz4",
+        "socket.nagle.disable": True,
+        "reconnect.backoff.max.ms": 1000,
+        "log.connection.close": False,
+        **overrides,
+    }
+
+
+def consumer_config(settings: KafkaSettings, group: str, **overrides: Any) -> dict[str, Any]:
+    """Librdkafka settings of a consumer that decides itself where it reads and when it commits."""
+    return {
+        **settings.client_config(),
+        "group.id": f"{settings.topic_prefix}{group}",
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "earliest",
+        # librdkafka's default is 500 ms: each empty poll of an idle partition would add that to a trade's way.
+        "fetch.wait.max.ms": 100,
+        "fetch.min.bytes": 1,
+        "fetch.message.max.bytes": MAX_RECORD_BYTES + 64 * 1024,
+        # Default is 64 MiB a partition: four partitions of two topics would be 512 MiB.
+        "queued.max.messages.kbytes": 32 * 1024,
+        # Default 500 ms backs off once the queue is full and stalls catch-up.
+        "fetch.queue.backoff.ms": 10,
+        "reconnect.backoff.max.ms": 1000,
+        "log.connection.close": False,
+        **overrides,
+    }
+
+
+class FrameProducer:
+    """Encodes frames and rows and sends them; knows what the broker has acknowledged.
+
+    One per process, used from one event loop. :meth:`send` returns when the record is queued and waits while the queue is full, so a
+    broker that is away slows its caller down instead of growing memory. Acknowledged offsets are in :meth:`acknowledged`.
+    """
+
+    def __init__(self, settings: KafkaSettings, registry: RegistryClient, **overrides: Any) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._prefix = settings.topic_prefix
+        self._codecs: dict[str, FrameCodec | RowCodec] = {}
+        self._producer = Producer(producer_config(settings, **overrides))
+        self._acked: dict[tuple[str, int], int] = {}
+        self._sent_count: dict[tuple[str, int], int] = {}
+        self._acked_count: dict[tuple[str, int], int] = {}
+        self._failure: KafkaError | None = None
+
+    async def send(self, topic_name: str, partition: int, frame: Frame) -> None:
+        """Queue ``frame`` for that partition. Raises EncodeError; UnreachableError when the broker refused an earlier record for good."""
+        codec = self._codec(topic_name)
+        assert isinstance(codec, FrameCodec)
+        await self.send_raw(topic_name, partition, None, codec.encode(frame))
+
+    async def send_row(self, topic_name: str, key: str, row: Mapping[str, Any], partition: int = 0) -> None:
+        """Queue one row record. Raises as :meth:`send` does."""
+        codec = self._codec(topic_name)
+        assert isinstance(codec, RowCodec)
+        await self.send_raw(topic_name, partition, key.encode(), codec.encode(row))
+
+    async def send_raw(self, topic_name: str, partition: int, key: bytes | None, value: bytes) -> None:
+        """Queue bytes that are already encoded."""
+        while not self.try_send(topic_name, partition, key, value):
+            self._producer.poll(0)
+            await asyncio.sleep(_POLL_INTERVAL_S)
+
+    def try_send(self, topic_name: str, partition: int, key: bytes | None, value: bytes) -> bool:
+        """Queue bytes without waiting; False when the queue is full."""
+        if self._failure is not None:
+            raise unreachable(self._settings, KafkaException(self._failure))
+        try:
+            self._producer.produce(self._prefix + topic_name, value, key, partition, on_delivery=self._delivered)
+        except BufferError:
+            return False
+        place = (topic_name, partition)
+        self._sent_count[place] = self._sent_count.get(place, 0) + 1
+        self._producer.poll(0)
+        return True
+
+    async def flush(self, timeout_s: float = 30.0) -> dict[str, dict[int, int]]:
+        """Wait until everything queued is acknowledged; the last acknowledged offset per topic and partition.
+
+        Raises UnreachableError when that takes longer than ``timeout_s``; what is queued stays queued.
+        """
+        remaining = await asyncio.get_running_loop().run_in_executor(None, self._producer.flush, timeout_s)
+        if remaining:
+            raise unreachable(self._settings, TimeoutError(f"{remaining} records not acknowledged within {timeout_s:.0f} s"))
+        if self._failure is not None:
+            raise unreachable(self._settings, KafkaException(self._failure))
+        return self.acknowledged()
+
+    async def wait_acknowledged(self) -> None:
+        """Wait until everything queued before this call is acknowledged, while others go on sending.
+
+        Records of one partition are acknowledged in the order they were sent (idempotent producer), so counting them is enough.
+        Raises UnreachableError when the broker refused one for good.
+        """
+        mark = dict(self._sent_count)
+        while any(self._acked_count.get(place, 0) < count for place, count in mark.items()):
+            self._producer.poll(0)
+            if self._failure is not None:
+                raise unreachable(self._settings, KafkaException(self._failure))
+            await asyncio.sleep(_POLL_INTERVAL_S)
+
+    def acknowledged(self) -> dict[str, dict[int, int]]:
+        """Last acknowledged offset per topic (without prefix) and partition."""
+        found: dict[str, dict[int, int]] = {}
+        for (topic_name, partition), offset in list(self._acked.items()):
+            found.setdefault(topic_name, {})[partition] = offset
+        return found
+
+    def poll(self) -> None:
+        """Serve delivery reports; call it when nothing was sent for a while."""
+        self._producer.poll(0)
+
+    @property
+    def queued(self) -> int:
+        """Records not acknowledged yet."""
+        return len(self._producer)
+
+    def _codec(self, topic_name: str) -> FrameCodec | RowCodec:
+        codec = self._codecs.get(topic_name)
+        if codec is None:
+            is_frame = TOPICS[topic_name].kind == "frame"
+            codec = self._registry.frame_codec(topic_name) if is_frame else self._registry.row_codec(topic_name)
+            self._codecs[topic_name] = codec
+        return codec
+
+    def _delivered(self, error: KafkaError | None, message: Any) -> None:
+        if error is not None:
+            logger.error("The broker refused a record of topic %s for good: %s", message.topic(), error)
+            self._failure = error
+            return
+        place = (message.topic().removeprefix(self._prefix), message.partition())
+        self._acked[place] = message.offset()
+        self._acked_count[place] = self._acked_count.get(place, 0) + 1
+
+
+def _admin(settings: KafkaSettings) -> AdminClient:
+    return AdminClient({**settings.client_config(), "log.connection.close": False})
+
+
+def partition_count(settings: KafkaSettings, entry: Topic) -> int:
+    """Partitions a topic is created with."""
+    return settings.partitions if entry.per_partition else 1
+
+
+def ensure_topics(settings: KafkaSettings, topics: Iterable[Topic] = tuple(TOPICS.values())) -> list[str]:
+    """Create what is missing; names of the topics created.
+
+    Raises UnreachableError; TopicLayoutError when one exists with another partition count: rows of a symbol would be in two places.
+    """
+    admin = _admin(settings)
+    try:
+        existing = admin.list_topics(timeout=_TIMEOUT_S).topics
+    except KafkaException as exc:
+        raise unreachable(settings, exc) from exc
+    missing: list[NewTopic] = []
+    for entry in topics:
+        name, wanted = entry.full_name(settings.topic_prefix), partition_count(settings, entry)
+        if name not in existing:
+            missing.append(NewTopic(name, num_partitions=wanted, replication_factor=settings.replication, config=entry.config()))
+        elif len(existing[name].partitions) != wanted:
+            found = len(existing[name].partitions)
+            raise TopicLayoutError(
+                f"Topic '{name}' has {found} partitions, MARKETSTREAM_KAFKA_PARTITIONS is {wanted}: set it to {found}, or use another MARKETSTREAM_TOPIC_PREFIX."
+            )
+    if not missing:
+        return []
+    for name, future in admin.create_topics(missing, operation_timeout=_TIMEOUT_S).items():
+        try:
+            future.result()
+        except KafkaException as exc:
+            if exc.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise UnreachableError(f"Kafka at {settings.bootstrap} refuses to create topic '{name}': {exc}") from exc
+    return [entry.topic for entry in missing]
+
+
+def end_offsets(settings: KafkaSettings, topic_names: Iterable[str], consumer: Consumer | None = None) -> dict[str, dict[int, int]]:
+    """Next offset to be written, per topic (without prefix) and partition. Raises UnreachableError."""
+    own = consumer or Consumer(consumer_config(settings, "offsets"))
+    try:
+        return {
+            name: {
+                partition: own.get_watermark_offsets(
+                    TopicPartition(TOPICS[name].full_name(settings.topic_prefix), partition), timeout=_TIMEOUT_S, cached=False
+                )[1]
+                for partition in range(partition_count(settings, TOPICS[name]))
+            }
+            for name in topic_names
+        }
+    except KafkaException as exc:
+        raise unreachable(settings, exc) from exc
+    finally:
+        if consumer is None:
+            own.close()
+
+
+def committed_offsets(settings: KafkaSettings, group: str, topic_names: Iterable[str]) -> dict[str, dict[int, int]]:
+    """Committed offset (next to read) of a group per topic and partition, -1 where it has none. Raises UnreachableError."""
+    consumer = Consumer(consumer_config(settings, group))
+    try:
+        wanted = [
+            TopicPartition(TOPICS[name].full_name(settings.topic_prefix), partition)
+            for name in topic_names
+            for partition in range(partition_count(settings, TOPICS[name]))
+        ]
+        found: dict[str, dict[int, int]] = {}
+        for entry in consumer.committed(wanted, timeout=_TIMEOUT_S):
+            name = entry.topic.removeprefix(settings.topic_prefix)
+            found.setdefault(name, {})[entry.partition] = max(entry.offset, -1)
+        return found
+    except KafkaException as exc:
+        raise unreachable(settings, exc) from exc
+    finally:
+        consumer.close()
+
+
+def last_record(settings: KafkaSettings, topic_name: str, partition: int, consumer: Consumer | None = None) -> bytes | None:
+    """Value of the newest record of a partition, None when it is empty. Raises UnreachableError."""
+    own = consumer or Consumer(consumer_config(settings, "last-record"))
+    full = TOPICS[topic_name].full_name(settings.topic_prefix)
+    try:
+        low, high = own.get_watermark_offsets(TopicPartition(full, partition), timeout=_TIMEOUT_S, cached=False)
+        if high <= low:
+            return None
+        own.assign([TopicPartition(full, partition, high - 1)])
+        message = own.poll(_TIMEOUT_S)
+        if message is None or message.error():
+            raise unreachable(settings, TimeoutError(f"no answer reading {full}[{partition}] at {high - 1}"))
+        value: bytes = message.value()
+        return value
+    except KafkaException as exc:
+        raise unreachable(settings, exc) from exc
+    finally:
+        if consumer is None:
+            own.close()
