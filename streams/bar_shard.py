@@ -1,0 +1,211 @@
+"""The bar processor of one Kafka partition: ``(offset, record bytes) -> records to send``, no Kafka and no clock in sight.
+
+Comes in: records of ``trades``. Goes out: one ``bars`` frame for each input record (empty when it closed and changed nothing, so that its
+watermark and its ``input_offset`` travel on), a ``bars.rows`` record for each final bar, a ``deadletter`` for each row or record refused.
+
+The Faust agent (``streams.app``) and the plain loop (``streams.plain_loop``) both run this; a test compares their bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from processors.bars import REJECT_REASONS, BarBatches, BarConfig, BarEngine
+
+from schemas.codec import FrameCodec, RowCodec, decode_learning
+from schemas.errors import DecodeError
+from schemas.frames import Frame
+from schemas.symbols import SIDE_NAMES, parse_key
+from schemas.timeframes import NAME_BY_SECONDS
+from streams.deadletters import dead_letter
+from streams.errors import StateError
+from streams.records import OutRecord
+
+COMPONENT: Final = "worker"
+_STATE_HEADER: Final = struct.Struct("<4sHHqII")
+_STATE_MAGIC: Final = b"MSBS"
+_STATE_VERSION: Final = 1
+_ROW_FIELDS: Final = (
+    "open_time_us",
+    "close_time_us",
+    "open",
+    "high",
+    "low",
+    "close",
+    "volume",
+    "quote_volume",
+    "buy_volume",
+    "trade_count",
+    "vwap",
+    "first_trade_id",
+    "last_trade_id",
+    "revision",
+    "is_final",
+    "complete",
+    "last_receive_time_us",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BarCodecs:
+    """Codecs of the four topics the processor touches, and how to learn a schema it has not seen.
+
+    ``fetch_schema(schema_id) -> text`` raises KeyError when the registry has none; it may block, which happens once a new schema.
+    """
+
+    trades: FrameCodec
+    bars: FrameCodec
+    rows: RowCodec
+    deadletter: RowCodec
+    fetch_schema: Callable[[int], str]
+
+
+class BarShard:
+    """State and processing of one partition.
+
+    Args:
+        partition: Kafka partition of ``trades``; outputs go to the same one.
+        applied_offset: offset of the last record the state covers, -1 for none.
+        emitted_offset: ``input_offset`` of the newest ``bars`` record already in the topic: after a crash the records behind the state
+            are processed again and give the same frames; those already sent are not sent twice.
+    """
+
+    def __init__(
+        self,
+        partition: int,
+        config: BarConfig,
+        codecs: BarCodecs,
+        *,
+        engine: BarEngine | None = None,
+        applied_offset: int = -1,
+        emitted_offset: int = -1,
+    ) -> None:
+        self.partition = partition
+        self.applied_offset = applied_offset
+        self.emitted_offset = emitted_offset
+        self.trade_count = 0
+        """Rows accepted since this shard was made, for metrics."""
+        self.watermark_us = 0
+        self._codecs = codecs
+        self._engine = engine if engine is not None else BarEngine(config)
+
+    def process(self, offset: int, value: bytes) -> list[OutRecord]:
+        """Records that follow from the record at ``offset``; [] when the state already covers it.
+
+        Never raises for bad input: what cannot be decoded or used becomes a dead letter and the partition goes on.
+        """
+        if offset <= self.applied_offset:
+            return []
+        try:
+            frame = decode_learning(self._codecs.trades, value, self._codecs.fetch_schema)
+        except DecodeError as exc:
+            records = [self._undecodable(offset, value, exc)]
+            batches = None
+        else:
+            batches = self._engine.process(frame)
+            self.watermark_us = batches.watermark_us
+            self.trade_count += batches.accepted
+            records = self._rejected(offset, frame, batches) if len(batches.rejected["row"]) else []
+        self.applied_offset = offset
+        records += self._bars(offset, batches)
+        return records
+
+    def snapshot(self) -> bytes:
+        """The whole state as bytes; the same state gives the same bytes."""
+        body = self._engine.snapshot()
+        return _STATE_HEADER.pack(_STATE_MAGIC, _STATE_VERSION, self.partition, self.applied_offset, len(body), zlib.crc32(body)) + body
+
+    @classmethod
+    def restore(cls, partition: int, config: BarConfig, codecs: BarCodecs, data: bytes, *, emitted_offset: int = -1) -> BarShard:
+        """The shard that :meth:`snapshot` was taken of. Raises StateError for bytes that are not a state of this partition."""
+        if len(data) < _STATE_HEADER.size:
+            raise StateError(f"A bar state of {len(data)} bytes is cut off.")
+        magic, version, of_partition, applied_offset, size, checksum = _STATE_HEADER.unpack_from(data)
+        body = data[_STATE_HEADER.size :]
+        if magic != _STATE_MAGIC or version != _STATE_VERSION:
+            raise StateError(f"These bytes are no bar state of version {_STATE_VERSION}.")
+        if of_partition != partition or len(body) != size or zlib.crc32(body) != checksum:
+            raise StateError(f"The bar state of partition {of_partition} is damaged or not of partition {partition}.")
+        try:
+            engine = BarEngine.restore(config, body)
+        except ValueError as exc:
+            raise StateError(f"The bar state of partition {partition} cannot be used: {exc}") from exc
+        return cls(partition, config, codecs, engine=engine, applied_offset=applied_offset, emitted_offset=emitted_offset)
+
+    def _bars(self, offset: int, batches: BarBatches | None) -> list[OutRecord]:
+        if offset <= self.emitted_offset:
+            return []
+        records: list[OutRecord] = []
+        if batches is None:
+            frame = Frame(source=COMPONENT, watermark_us=self.watermark_us, input_offset=offset)
+        else:
+            records = self._rows(offset, batches)
+            frame = Frame(
+                source=COMPONENT, watermark_us=batches.watermark_us, symbols=batches.symbols, columns=batches.bars, input_offset=offset
+            )
+        # last: once the bars frame of an offset is in the topic, everything else of that offset has been sent
+        records.append(OutRecord("bars", self.partition, None, self._codecs.bars.encode(frame)))
+        return records
+
+    def _rows(self, offset: int, batches: BarBatches) -> list[OutRecord]:
+        bars = batches.bars
+        final = np.flatnonzero(bars["is_final"])
+        if not len(final):
+            return []
+        lists = [bars[name][final].tolist() for name in _ROW_FIELDS]
+        codes = bars["symbol_code"][final].tolist()
+        names = [NAME_BY_SECONDS[seconds] for seconds in bars["timeframe_s"][final].tolist()]
+        encode = self._codecs.rows.encode
+        records = []
+        for code, timeframe, *values in zip(codes, names, *lists, strict=True):
+            key = batches.symbols[code]
+            exchange, _, symbol = key.partition(":")
+            row: dict[str, Any] = dict(zip(_ROW_FIELDS, values, strict=True))
+            row["is_final"] = bool(row["is_final"])
+            row["complete"] = bool(row["complete"])
+            row.update(exchange=exchange, symbol=symbol, timeframe=timeframe, input_offset=offset)
+            records.append(OutRecord("bars.rows", self.partition, f"{key}:{timeframe}".encode(), encode(row)))
+        return records
+
+    def _undecodable(self, offset: int, value: bytes, exc: DecodeError) -> OutRecord:
+        row = dead_letter(
+            reason="undecodable_frame",
+            detail=str(exc),
+            component=COMPONENT,
+            raw=value,
+            time_us=self.watermark_us,
+            topic="trades",
+            partition=self.partition,
+            offset=offset,
+        )
+        return OutRecord("deadletter", 0, None, self._codecs.deadletter.encode(row))
+
+    def _rejected(self, offset: int, frame: Frame, batches: BarBatches) -> list[OutRecord]:
+        records = []
+        columns = frame.columns
+        for row, reason in zip(batches.rejected["row"].tolist(), batches.rejected["reason"].tolist(), strict=True):
+            instrument = parse_key(frame.symbols[columns["symbol_code"][row]])
+            trade = {name: column[row].item() for name, column in columns.items() if name != "symbol_code"}
+            trade["side"] = SIDE_NAMES.get(trade["side"], trade["side"])
+            code, detail = REJECT_REASONS[reason]
+            letter = dead_letter(
+                reason=code,
+                detail=f"{detail} The trade is stored; it is missing in the bars of {instrument.key}.",
+                component=COMPONENT,
+                raw=json.dumps({"source": frame.source, "key": instrument.key, **trade}).encode(),
+                time_us=trade["receive_time_us"],
+                exchange=instrument.exchange,
+                symbol=instrument.symbol,
+                topic="trades",
+                partition=self.partition,
+                offset=offset,
+                place=f"row {row}",
+            )
+            records.append(OutRecord("deadletter", 0, instrument.key.encode(), self._codecs.deadletter.encode(letter)))
+        return records
