@@ -1,0 +1,162 @@
+"""The exchange without its sockets: one or two markets, what they remember, their limits and their faults.
+
+Comes in: an :class:`ExchangeConfig` and market time. Goes out: blocks to send, and the state REST reads. Pure: the server drives it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from collectors.simulated.errors import SimulationConfigError
+from collectors.simulated.faults import KEPT_FAULTS, FaultPlan, FaultRequest
+from collectors.simulated.history import MinuteCandles, TradeRing
+from collectors.simulated.limits import WeightLimit
+from collectors.simulated.market import Market, MarketConfig, TradeBlock
+from collectors.simulated.universe import MarketKind
+from collectors.simulated.wire import Wire
+
+MAX_WARMUP_S: Final = 3_600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeConfig:
+    """What the exchange lists and remembers.
+
+    Attributes:
+        spot: the spot market.
+        usdm: the USD-M market, following spot's prices; None: only spot.
+        history: trades kept per market, 43 bytes each; 500,000 are four minutes at 2,000 a second and 22 MB.
+        kline_minutes: one-minute candles kept per symbol, 88 bytes each.
+        warmup_s: market time traded before the start, so that REST has a past at once; cut to what ``history`` holds.
+        max_trades: each market stops after this many; None: never.
+        weight_limit: request weight a minute; None: Binance's own (6,000 spot, 2,400 USD-M).
+    """
+
+    spot: MarketConfig = field(default_factory=MarketConfig)
+    usdm: MarketConfig | None = None
+    history: int = 500_000
+    kline_minutes: int = 720
+    warmup_s: float = 30.0
+    max_trades: int | None = None
+    weight_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run, naming it."""
+        if self.spot.kind != "spot" or (self.usdm is not None and self.usdm.kind != "usdm"):
+            raise SimulationConfigError("spot and usdm: each market must be of its own kind")
+        if self.usdm is not None and self.usdm.step_ms != self.spot.step_ms:
+            raise SimulationConfigError(f"step_ms={self.usdm.step_ms}: both markets step together, spot has {self.spot.step_ms}")
+        if not 0.0 <= self.warmup_s <= MAX_WARMUP_S:
+            raise SimulationConfigError(f"warmup_s={self.warmup_s}: must be within 0..{MAX_WARMUP_S:g}")
+        if self.max_trades is not None and self.max_trades < 0:
+            raise SimulationConfigError(f"max_trades={self.max_trades}: must not be negative")
+
+
+class Venue:
+    """One market with everything that belongs to it.
+
+    Args:
+        config: which market.
+        exchange: what is kept.
+        start_ms: market time of the first step.
+        leader: the market whose prices this one follows.
+    """
+
+    def __init__(self, config: MarketConfig, exchange: ExchangeConfig, *, start_ms: int, leader: Market | None = None) -> None:
+        self.market = Market(config, start_ms=start_ms, leader=leader)
+        self.wire = Wire(self.market.universe)
+        self.ring = TradeRing(exchange.history)
+        self.candles = MinuteCandles(self.market, minutes=exchange.kline_minutes)
+        self.faults = FaultPlan()
+        self.limit = WeightLimit(exchange.weight_limit or (6_000 if config.kind == "spot" else 2_400))
+        # Symbols whose pause ends by itself: code -> market time.
+        self.pauses: dict[int, int] = {}
+
+    def step(self) -> TradeBlock:
+        """Trade one step and remember it."""
+        market = self.market
+        for code in [code for code, until_ms in self.pauses.items() if until_ms <= market.time_ms]:
+            self.resume(code)
+        self.candles.roll(market.time_ms)
+        block = market.step()
+        if len(block):
+            self.ring.append(block)
+            self.candles.add(block)
+        return block
+
+    def resume(self, code: int) -> None:
+        """Let a paused symbol trade again."""
+        self.market.paused[code] = False
+        self.pauses.pop(code, None)
+
+    def truth(self, code: int) -> dict[str, npt.NDArray[Any]]:
+        """Every trade of a symbol that is still kept, as the market made it, untouched by faults.
+
+        Returns:
+            ``trade_id`` i8, ``price`` f8, ``size`` f8, ``side`` i1 (taker's), ``exchange_time_us`` i8, by id.
+        """
+        trades = self.ring.of_symbol(code)
+        universe = self.market.universe
+        return {
+            "trade_id": trades.trade_id,
+            # Both operands are exact, so the quotient is the double nearest to the decimal text, as a parser gives it.
+            "price": trades.price / 10.0 ** float(universe.price_decimals[code]),
+            "size": trades.size / 10.0 ** float(universe.size_decimals[code]),
+            "side": np.where(trades.buyer_is_maker, -1, 1).astype(np.int8),
+            "exchange_time_us": trades.time_ms * 1_000,
+        }
+
+
+class Exchange:
+    """All markets, stepped together.
+
+    Args:
+        config: what to simulate.
+        start_ms: market time at which the caller begins to step (the past before it is traded at once).
+    """
+
+    def __init__(self, config: ExchangeConfig, *, start_ms: int) -> None:
+        self.config = config
+        step_ms = config.spot.step_ms
+        rate = max(config.spot.rate, config.usdm.rate if config.usdm else 0.0)
+        warmup_s = min(config.warmup_s, config.history / rate) if rate else 0.0
+        first_ms = start_ms - int(warmup_s * 1000)
+        spot = Venue(config.spot, config, start_ms=first_ms)
+        self.venues: dict[MarketKind, Venue] = {"spot": spot}
+        if config.usdm is not None:
+            self.venues["usdm"] = Venue(config.usdm, config, start_ms=first_ms, leader=spot.market)
+        self.skew_ms = 0
+        self.faults: list[FaultRequest] = []
+        while self.time_ms + step_ms <= start_ms:
+            self.step()
+        for venue in self.venues.values():
+            venue.market.trades_made = 0
+            venue.market.max_trades = config.max_trades
+
+    @property
+    def time_ms(self) -> int:
+        """Market time: everything before it has been traded."""
+        return self.venues["spot"].market.time_ms
+
+    @property
+    def exhausted(self) -> bool:
+        """True once every market has made ``max_trades``."""
+        return all(venue.market.exhausted for venue in self.venues.values())
+
+    def step(self) -> list[tuple[Venue, TradeBlock]]:
+        """One step of every market."""
+        return [(venue, venue.step()) for venue in self.venues.values()]
+
+    def jump_to(self, time_ms: int) -> None:
+        """Move time forward without trading (the machine slept, or cannot keep up)."""
+        for venue in self.venues.values():
+            venue.market.jump_to(time_ms)
+
+    def remember(self, fault: FaultRequest) -> None:
+        """Keep a fault for ``/sim/status``; the oldest makes room."""
+        self.faults.append(fault)
+        del self.faults[:-KEPT_FAULTS]

@@ -1,0 +1,217 @@
+"""How an exchange misbehaves, on request: a plan of faults that changes what is sent, never what was traded.
+
+Comes in: requests (``{"fault": "drop", "symbol": "BTCUSDT", "count": 3}``) and the blocks of trades about to be sent. Goes out: the blocks
+as a client shall see them, and for each fault the ids it touched. Pure: what concerns sockets, REST, the market's numbering and the clock
+is returned as a :class:`FaultRequest` for the server to carry out.
+
+================  ================================  =============================================================================
+fault             arguments (default)               effect
+================  ================================  =============================================================================
+``drop``          symbol, count (1)                 the next trades of the symbol are not sent; REST has them
+``hole``          symbol, count (1)                 ids that never existed: neither sent nor in REST
+``duplicate``     symbol, count (1)                 the next trades are sent twice
+``reorder``       symbol, count (2)                 the next trades are held, then sent newest first
+``malformed``     count (1), text (a cut message)   every connection gets text that is no JSON
+``half_open``     connections (all)                 they stay open, but nothing is sent or answered any more
+``close``         connections (all)                 dropped without a close frame: the client sees 1006
+``cut_24h``       connections (all)                 closed as at the 24 hour mark
+``rate_limit``    seconds (10), status (429)        every REST request is refused; 418 for a ban
+``skew``          milliseconds                      the exchange's clock is wrong by this much, +-300,000 at most; 0 ends it
+``pause``         symbol, seconds (0: until clear)  the symbol does not trade
+``clear``                                           ends every fault
+================  ================================  =============================================================================
+
+``market`` (``spot``) names the market where a symbol is asked for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from collectors.simulated.errors import UnknownFaultError
+from collectors.simulated.market import TradeBlock
+
+KEPT_IDS: Final = 10_000
+"""Touched ids remembered per fault."""
+
+KEPT_FAULTS: Final = 1_000
+"""Faults remembered for ``/sim/status``."""
+
+MAX_COUNT: Final = 1_000_000
+MAX_HELD: Final = 10_000
+"""Trades a ``reorder`` may hold back: bounds memory."""
+MAX_SKEW_MS: Final = 300_000
+
+CUT_MESSAGE: Final = '{"stream":"btcusdt@trade","data":{"e":"trade","E":17231612'
+
+_FIELDS: Final[dict[str, tuple[str, ...]]] = {
+    "drop": ("symbol", "count"),
+    "hole": ("symbol", "count"),
+    "duplicate": ("symbol", "count"),
+    "reorder": ("symbol", "count"),
+    "malformed": ("count", "text"),
+    "half_open": ("connections",),
+    "close": ("connections",),
+    "cut_24h": ("connections",),
+    "rate_limit": ("seconds", "status"),
+    "skew": ("milliseconds",),
+    "pause": ("symbol", "seconds"),
+    "clear": (),
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class FaultRequest:
+    """One fault, checked.
+
+    Attributes:
+        fault: its name.
+        market: ``spot`` or ``usdm``.
+        symbol: exchange symbol; empty where the fault has none.
+        count: how many trades or messages.
+        connections: how many connections; 0: all.
+        seconds: how long.
+        status: HTTP status.
+        milliseconds: clock error.
+        text: what a malformed message says.
+        remaining: trades still to be touched.
+        touched: ids of the trades it touched, the last 10,000.
+    """
+
+    fault: str
+    market: str = "spot"
+    symbol: str = ""
+    count: int = 1
+    connections: int = 0
+    seconds: float = 0.0
+    status: int = 429
+    milliseconds: int = 0
+    text: str = CUT_MESSAGE
+    remaining: int = 0
+    touched: deque[int] = field(default_factory=lambda: deque(maxlen=KEPT_IDS))
+
+    def describe(self) -> dict[str, Any]:
+        """For ``/sim/status``."""
+        shown: dict[str, Any] = {"fault": self.fault, "market": self.market}
+        shown |= {name: getattr(self, name) for name in _FIELDS[self.fault]}
+        return shown | {"remaining": self.remaining, "touched": list(self.touched)}
+
+
+def parse_fault(body: Any) -> FaultRequest:
+    """The fault a request asks for.
+
+    Raises:
+        UnknownFaultError: not an object, an unknown fault or argument, a value of the wrong kind or out of range.
+    """
+    if not isinstance(body, Mapping) or not isinstance(body.get("fault"), str):
+        raise UnknownFaultError(f'send an object such as {{"fault": "drop", "symbol": "BTCUSDT"}}; faults: {", ".join(_FIELDS)}')
+    name = body["fault"]
+    if name not in _FIELDS:
+        raise UnknownFaultError(f"fault={name!r} is not known; faults: {', '.join(_FIELDS)}")
+    allowed = _FIELDS[name]
+    for key in body:
+        if key not in ("fault", "market", *allowed):
+            raise UnknownFaultError(f"{name}: argument {key!r} is not known; arguments: {', '.join(('market', *allowed))}")
+    request = FaultRequest(fault=name, market=str(body.get("market", "spot")), symbol=str(body.get("symbol", "")).upper())
+    if request.market not in ("spot", "usdm"):
+        raise UnknownFaultError(f"{name}: market={request.market!r} must be spot or usdm")
+    if "symbol" in allowed and not request.symbol:
+        raise UnknownFaultError(f"{name}: symbol is missing")
+    most = MAX_HELD if name == "reorder" else MAX_COUNT
+    request.count = int(_number(body, "count", 2 if name == "reorder" else 1, 1, most))
+    request.connections = int(_number(body, "connections", 0, 0, MAX_COUNT))
+    request.seconds = _number(body, "seconds", 10.0 if name == "rate_limit" else 0.0, 0.0, 86_400.0)
+    request.milliseconds = int(_number(body, "milliseconds", 0, -MAX_SKEW_MS, MAX_SKEW_MS))
+    request.text = str(body.get("text", CUT_MESSAGE))
+    request.status = int(_number(body, "status", 429, 418, 429))
+    if request.status not in (418, 429):
+        raise UnknownFaultError(f"{name}: status={request.status} must be 418 or 429")
+    return request
+
+
+def _number(body: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+    value = body.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UnknownFaultError(f"{body['fault']}: {name}={value!r} must be a number within {low:g}..{high:g}")
+    return value
+
+
+class FaultPlan:
+    """The faults on one market's trade messages, applied block by block."""
+
+    def __init__(self) -> None:
+        self._active: list[tuple[FaultRequest, int]] = []
+        # symbol code -> trades held back by a reorder, oldest first
+        self._held: dict[int, list[TradeBlock]] = {}
+
+    def add(self, request: FaultRequest, code: int) -> None:
+        """Begin a ``drop``, ``duplicate`` or ``reorder`` on the symbol ``code``; faults of one symbol act one after the other."""
+        request.remaining = request.count
+        self._active.append((request, code))
+
+    def clear(self) -> None:
+        """End everything; trades that were held back are lost to the wire, as after a crash (REST has them)."""
+        for request, _ in self._active:
+            request.remaining = 0
+        self._active.clear()
+        self._held.clear()
+
+    def apply(self, block: TradeBlock) -> TradeBlock:
+        """The rows to send in place of ``block``; the same object where no fault applies."""
+        if not self._active:
+            return block
+        blocks: list[TradeBlock] = [block]
+        busy: set[int] = set()
+        for request, code in list(self._active):
+            if code in busy:
+                continue
+            busy.add(code)
+            self._apply_one(request, code, blocks)
+        self._active = [entry for entry in self._active if entry[0].remaining]
+        return blocks[0] if len(blocks) == 1 else concatenate(blocks)
+
+    def _apply_one(self, request: FaultRequest, code: int, blocks: list[TradeBlock]) -> None:
+        """Change ``blocks[0]`` (the block's own rows) and append what is released."""
+        block = blocks[0]
+        rows = np.flatnonzero(block.code == code)[: request.remaining]
+        if not len(rows):
+            return
+        request.remaining -= len(rows)
+        request.touched.extend(block.trade_id[rows].tolist())
+        if request.fault == "duplicate":
+            blocks[0] = block.take(np.sort(np.concatenate((np.arange(len(block)), rows))))
+            return
+        blocks[0] = block.take(np.delete(np.arange(len(block)), rows))
+        if request.fault == "reorder":
+            held = self._held.setdefault(code, [])
+            held.append(block.take(rows))
+            if not request.remaining:
+                released = concatenate(self._held.pop(code))
+                # The rest of the symbol's rows in this block came later and follow.
+                later = np.flatnonzero(blocks[0].code == code)
+                rest = blocks[0].take(later)
+                blocks[0] = blocks[0].take(np.delete(np.arange(len(blocks[0])), later))
+                blocks += [released.take(np.arange(len(released))[::-1]), rest]
+
+
+def concatenate(blocks: list[TradeBlock]) -> TradeBlock:
+    """Rows of several blocks one after the other, without the grouping by symbol."""
+    none = np.zeros(0, dtype=np.int64)
+    return TradeBlock(
+        end_ms=max(block.end_ms for block in blocks),
+        code=np.concatenate([block.code for block in blocks]),
+        trade_id=np.concatenate([block.trade_id for block in blocks]),
+        price=np.concatenate([block.price for block in blocks]),
+        size=np.concatenate([block.size for block in blocks]),
+        time_ms=np.concatenate([block.time_ms for block in blocks]),
+        buyer_is_maker=np.concatenate([block.buyer_is_maker for block in blocks]),
+        agg_id=np.concatenate([block.agg_id for block in blocks]),
+        by_symbol=none,
+        group_start=none,
+        group_code=none,
+    )

@@ -1,0 +1,91 @@
+"""Request weight, as Binance counts it: per minute, 429 beyond the limit, 418 for those who do not stop.
+
+Pure; time is an argument. One instance counts one address; everything on loopback is one address.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from collectors.simulated.errors import SimulationConfigError
+
+REFUSALS_BEFORE_BAN: Final = 10
+"""Requests answered 429 in one minute before the address is banned. Binance does not publish the number."""
+
+FIRST_BAN_S: Final = 120
+"""The first ban lasts two minutes, each further one twice as long, up to three days (Binance's documented range)."""
+
+LONGEST_BAN_S: Final = 3 * 86_400
+
+MINUTE_MS: Final = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What becomes of a request.
+
+    Attributes:
+        status: 200, 429 or 418.
+        used: weight used in this minute, this request included if it was let in.
+        retry_after_s: seconds to wait; 0 where it was let in.
+        banned_until_ms: end of the ban, milliseconds since the epoch; 0 where there is none.
+    """
+
+    status: int
+    used: int
+    retry_after_s: int = 0
+    banned_until_ms: int = 0
+
+
+class WeightLimit:
+    """Counts the weight of one address.
+
+    Args:
+        limit: weight a minute; Binance: 6,000 spot, 2,400 USD-M.
+    """
+
+    def __init__(self, limit: int) -> None:
+        if limit < 1:
+            raise SimulationConfigError(f"weight_limit={limit}: must be at least 1")
+        self.limit = limit
+        self._minute = -1
+        self._used = 0
+        self._refused = 0
+        self._bans = 0
+        self._banned_until_ms = 0
+        self._forced_until_ms = 0
+        self._forced_status = 429
+
+    def force(self, status: int, until_ms: int) -> None:
+        """Answer ``status`` (429 or 418) to everything until ``until_ms``, whatever was used."""
+        self._forced_status = status
+        self._forced_until_ms = until_ms
+
+    def clear(self) -> None:
+        """Forget every refusal and ban."""
+        self._used = self._refused = self._bans = self._banned_until_ms = self._forced_until_ms = 0
+
+    def admit(self, weight: int, now_ms: int) -> Verdict:
+        """Count a request of ``weight`` at ``now_ms`` and say whether it may pass."""
+        minute = now_ms // MINUTE_MS
+        if minute != self._minute:
+            self._minute, self._used, self._refused = minute, 0, 0
+        if now_ms < self._forced_until_ms:
+            until = self._forced_until_ms if self._forced_status == 418 else 0
+            return Verdict(self._forced_status, self._used, _seconds(self._forced_until_ms - now_ms), until)
+        if now_ms < self._banned_until_ms:
+            return Verdict(418, self._used, _seconds(self._banned_until_ms - now_ms), self._banned_until_ms)
+        if self._used + weight > self.limit:
+            self._refused += 1
+            if self._refused > REFUSALS_BEFORE_BAN:
+                self._banned_until_ms = now_ms + 1000 * min(FIRST_BAN_S * 2**self._bans, LONGEST_BAN_S)
+                self._bans += 1
+                return Verdict(418, self._used, _seconds(self._banned_until_ms - now_ms), self._banned_until_ms)
+            return Verdict(429, self._used, _seconds((minute + 1) * MINUTE_MS - now_ms))
+        self._used += weight
+        return Verdict(200, self._used)
+
+
+def _seconds(milliseconds: int) -> int:
+    return max(1, -(-milliseconds // 1000))
