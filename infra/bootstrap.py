@@ -128,7 +128,7 @@ def set_up(root: str, wanted: str) -> None:
     python = os.path.join(venv, "bin", "python")
     _install(root, python, venv, wanted, environ)
     if wanted != "bench":
-        _link_project(root, python)
+        link_project(root, python)
         _fetch_jars(root, python, environ)
     with open(os.path.join(venv, "ready." + wanted), "w") as stream:
         stream.write(fingerprint(root, wanted))
@@ -226,7 +226,7 @@ def _follow_pip_configuration(python: str, environ: "dict[str, str]") -> None:
         environ.setdefault("SSL_CERT_FILE", found["cert"])
 
 
-def _link_project(root: str, python: str) -> None:
+def link_project(root: str, python: str) -> None:
     """Make the checkout importable in its environment and give it the `marketstream` command; needs no build and no network."""
     site = _output([python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], dict(os.environ))[1].strip()
     with open(os.path.join(root, "pyproject.toml"), encoding="utf-8") as stream:

@@ -1,0 +1,268 @@
+"""The console script `marketstream`: arguments in, a call of the module that does the work, an exit code out.
+
+Every command takes ``--json`` (results and errors as JSON) and ``--debug`` (tracebacks). Exit codes are those of ``infra/errors.py``.
+Modules are imported inside the commands: `marketstream --help` answers in 0.2 s, numpy and Kafka alone would cost another 0.4 s.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infra.cli.output import EXIT_PIPE_CLOSED, Output, report, translate
+from infra.errors import StoppedError
+
+app = typer.Typer(
+    name="marketstream",
+    help="Market data as an event stream: trades to exact bars to clients, on real Kafka, ClickHouse and PostgreSQL.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: rich would import its markdown and syntax parsers for it, 0.2 s
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 other, 2 setting or argument, 3 port in use, 4 data folder, 5 disk full, 6 server unreachable, "
+    "7 input file, 8 no network, 9 not started, 10 not running, 11 checksum, 130 interrupted.",
+)
+config_app = typer.Typer(help="Settings: what they are and where they came from.", no_args_is_help=True)
+export_app = typer.Typer(help="Write stored rows into a file.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(export_app, name="export")
+
+
+class Source(StrEnum):
+    """Where `up` takes trades from."""
+
+    auto = "auto"
+    live = "live"
+    sim = "sim"
+    none = "none"
+
+
+class FileFormat(StrEnum):
+    """What `export` writes."""
+
+    csv = "csv"
+    parquet = "parquet"
+    arrow = "arrow"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Answer in JSON; errors too.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Data folder of the stack; it isolates one stack from another.")]
+Exchange = Annotated[str, typer.Option("--exchange", help="Venue, e.g. binance, binance-usdm.")]
+Symbol = Annotated[str, typer.Option("--symbol", help="Canonical symbol, e.g. BTC-USDT.")]
+Start = Annotated[str | None, typer.Option("--start", help="From this time on: ISO 8601 or epoch number.")]
+End = Annotated[str | None, typer.Option("--end", help="Up to but without this time.")]
+Format = Annotated[FileFormat, typer.Option("--format", help="Format of the file.")]
+OutFile = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from infra.cli.version import version
+
+        print(f"marketstream {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")] = False,
+) -> None:
+    """Market data as an event stream: trades to exact bars to clients, on real Kafka, ClickHouse and PostgreSQL."""
+
+
+@app.command()
+def up(
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when everything is ready and leave it running.")] = False,
+    source: Annotated[Source | None, typer.Option(help="auto: the live venue where it answers, else the simulated exchange.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Start everything; show a live table until Ctrl-C stops it again."""
+    from infra.cli.up import up as run
+
+    run(Output(as_json=as_json), data_dir=data_dir, source=None if source is None else source.value, detach=detach)
+
+
+@app.command()
+def down(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Stop everything `up` started; the data stays."""
+    from infra.cli.up import down as run
+
+    run(Output(as_json=as_json), data_dir=data_dir)
+
+
+@app.command()
+def status(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """What runs where, and how far behind each stage is."""
+    from infra.cli.status import status as run
+
+    run(Output(as_json=as_json), data_dir=data_dir)
+
+
+@app.command()
+def doctor(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Check everything the stack needs; one line each with its remedy. Exit code 0 only when all is well."""
+    from infra.cli.doctor import doctor as run
+
+    raise typer.Exit(run(Output(as_json=as_json), data_dir=data_dir))
+
+
+@app.command()
+def tail(
+    topic: Annotated[str, typer.Argument(help="Topic without prefix, e.g. trades, bars, bars.rows, deadletter.")],
+    begin: Annotated[str, typer.Option("--from", help="latest, earliest, an offset, or how long ago: 10m.")] = "latest",
+    where: Annotated[str | None, typer.Option(help="Rows to show, e.g. 'symbol=BTC-USDT and price>60000'.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after that many rows.")] = None,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on with new rows, or stop at the end.")] = True,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the rows of a topic as they come; one JSON object a row with --json."""
+    from infra.cli.tail import tail as run
+
+    run(Output(as_json=as_json), data_dir=data_dir, topic=topic, begin=begin, where=where, limit=limit, follow=follow)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="Recorded trades: public dump (csv, gz, zip) or raw WebSocket capture.")],
+    exchange: Exchange,
+    symbol: Symbol,
+    file_format: Annotated[str, typer.Option("--format", help="auto, or the kind of file where it cannot be told.")] = "auto",
+    speed: Annotated[str, typer.Option(help="max, 1 (as recorded), 60 (a minute a second).")] = "max",
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Publish recorded trades; return when they are stored and their bars are final."""
+    from infra.cli.data import replay as run
+
+    run(Output(as_json=as_json), data_dir=data_dir, file=file, exchange=exchange, symbol=symbol, file_format=file_format, speed=speed)
+
+
+@export_app.command("bars")
+def export_bars(
+    exchange: Exchange,
+    symbol: Symbol,
+    output: OutFile,
+    timeframe: Annotated[str, typer.Option(help="1s 1m 5m 15m 30m 1h 4h 1d")] = "1m",
+    start: Start = None,
+    end: End = None,
+    file_format: Format = FileFormat.csv,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Bars of one symbol and timeframe, the newest revision of each, by open time."""
+    from infra.cli.data import export as run
+
+    run(
+        Output(as_json=as_json),
+        data_dir=data_dir,
+        what="bars",
+        exchange=exchange,
+        symbol=symbol,
+        timeframe=timeframe,
+        start=start,
+        end=end,
+        file_format=file_format.value,
+        output=output,
+    )
+
+
+@export_app.command("trades")
+def export_trades(
+    exchange: Exchange,
+    symbol: Symbol,
+    output: OutFile,
+    start: Start = None,
+    end: End = None,
+    file_format: Format = FileFormat.csv,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Trades of one symbol, by trade id."""
+    from infra.cli.data import export as run
+
+    run(
+        Output(as_json=as_json),
+        data_dir=data_dir,
+        what="trades",
+        exchange=exchange,
+        symbol=symbol,
+        timeframe=None,
+        start=start,
+        end=end,
+        file_format=file_format.value,
+        output=output,
+    )
+
+
+@app.command()
+def topics(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """The catalogue of topics with partitions, offsets, sizes and retention."""
+    from infra.cli.catalogue import topics as run
+
+    run(Output(as_json=as_json), data_dir=data_dir)
+
+
+@config_app.command("show")
+def config_show(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Every setting, its value and where it came from; secrets are masked."""
+    from infra.cli.catalogue import config_show as run
+
+    run(Output(as_json=as_json), data_dir=data_dir)
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="engine, box, bars, collector, latency, ...; none: all.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure, each figure beside other programs in the same interleaved run."""
+    from infra.cli.bench import bench as run
+
+    run(Output(as_json=as_json), names=names or [])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code; prints at most one line about an error unless ``--debug`` is given."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    try:
+        status = app(arguments, prog_name="marketstream", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except typer.TyperException as exc:
+        message = exc.format_message().rstrip(".") + ". See `marketstream --help`."
+        if type(exc).__name__ == "NoArgsIsHelpError":
+            print(exc.format_message())
+            return exc.exit_code
+        return report("UsageError", exc.exit_code, message, as_json=as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        return report("StoppedError", StoppedError.exit_code, "interrupted", as_json=as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at its end
+        return EXIT_PIPE_CLOSED
+    except Exception as exc:
+        if debug:
+            raise
+        known = translate(exc)
+        if known is None:
+            message = f"internal error: {type(exc).__name__}: {exc}; run the command again with --debug and report what it prints."
+            return report("InternalError", 1, message, as_json=as_json)
+        return report(type(known).__name__, known.exit_code, known.message, as_json=as_json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

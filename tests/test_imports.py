@@ -1,0 +1,131 @@
+"""Import directions and the seam: read from every module's syntax tree, so that they hold without running anything."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ALLOWED = {
+    "schemas": {"schemas"},
+    "collectors": {"collectors", "schemas"},
+    "processors": {"processors", "schemas"},
+    "streams": {"streams", "processors", "schemas"},
+    "api": {"api", "schemas"},
+    "infra": {"api", "collectors", "infra", "processors", "schemas", "streams"},
+}
+OURS = set(ALLOWED) | {"tests"}
+PURE = ("collectors", "processors", "streams")
+# Reading a clock, drawing a number or sleeping anywhere but through `schemas.seam.Clock` cannot be replayed or simulated.
+FORBIDDEN_CALLS = {
+    "time": {"time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "sleep"},
+    "random": {"*"},
+    "asyncio": {"sleep"},
+    "datetime": {"now", "utcnow", "today"},
+    "date": {"today"},
+    "os": {"urandom", "environ", "getenv"},
+    "uuid": {"uuid1", "uuid4"},
+    "secrets": {"*"},
+}
+ALLOWED_FROM_RANDOM = {"Random"}  # a type, seeded by whoever owns the seam
+
+
+def modules(package: str) -> list[Path]:
+    """Every module of a package."""
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
+    """``(line, top-level package)`` of every import, at any depth of the module; relative ones are the package itself."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, package if node.level else (node.module or "").partition(".")[0]
+
+
+def seam_breaks(tree: ast.Module) -> list[tuple[int, str]]:
+    """``(line, what)`` of every use of a clock, randomness, sleep or environment that does not come in as an argument."""
+    found: list[tuple[int, str]] = []
+    aliases = {module: {module} for module in FORBIDDEN_CALLS}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name in aliases and alias.asname:
+                    aliases[alias.name].add(alias.asname)
+        elif isinstance(node, ast.ImportFrom) and node.module in FORBIDDEN_CALLS and not node.level:
+            names = {alias.name for alias in node.names}
+            forbidden = FORBIDDEN_CALLS[node.module]
+            bad = names - ALLOWED_FROM_RANDOM if "*" in forbidden else names & forbidden
+            found.extend((node.lineno, f"from {node.module} import {name}") for name in sorted(bad))
+    yields = {
+        id(node.func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and len(node.args) == 1 and isinstance(node.args[0], ast.Constant) and node.args[0].value == 0
+    }
+    owner = {alias: module for module, names in aliases.items() for alias in names}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or (node.attr == "sleep" and id(node) in yields):
+            continue  # `sleep(0)` waits for nothing: it lets the other tasks run
+        base = node.value.id if isinstance(node.value, ast.Name) else node.value.attr if isinstance(node.value, ast.Attribute) else ""
+        module = owner.get(base, "")
+        if isinstance(node.value, ast.Attribute) and module not in ("datetime", "date"):
+            continue  # `self.time.x`, `clock.random.random()`: what came in as an argument
+        forbidden = FORBIDDEN_CALLS.get(module, set())
+        if node.attr in forbidden or ("*" in forbidden and node.attr not in ALLOWED_FROM_RANDOM):
+            found.append((node.lineno, f"{base}.{node.attr}"))
+    return found
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_package_imports_only_what_lies_upstream_of_it(package: str) -> None:
+    """No module of a package imports one of ours that its layer may not know."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in modules(package)
+        for line, name in imported(ast.parse(path.read_text("utf-8")), package)
+        if name in OURS and name not in ALLOWED[package]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", PURE)
+def test_pure_package_takes_clock_randomness_and_sleep_as_arguments(package: str) -> None:
+    """No module of a pure package reads a clock, sleeps, draws a number or reads the environment by itself."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} uses {what}"
+        for path in modules(package)
+        for line, what in seam_breaks(ast.parse(path.read_text("utf-8")))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_every_module_says_what_it_is(package: str) -> None:
+    """Each module opens with a docstring."""
+    silent = [str(path.relative_to(ROOT)) for path in modules(package) if not ast.get_docstring(ast.parse(path.read_text("utf-8")))]
+    assert not silent, f"without a docstring: {silent}"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import time\ntime.time()", ["time.time"]),
+        ("import time as t\nt.monotonic()", ["t.monotonic"]),
+        ("from time import time", ["from time import time"]),
+        ("import random\nrandom.random()", ["random.random"]),
+        ("from random import Random\ndef f(r: Random): r.random()", []),
+        ("import asyncio\nasync def f(): await asyncio.sleep(1)", ["asyncio.sleep"]),
+        ("import asyncio\nasync def f(): await asyncio.sleep(0)", []),
+        ("from datetime import datetime\ndatetime.now()", ["datetime.now"]),
+        ("import datetime\ndatetime.datetime.now()", ["datetime.now"]),
+        ("async def f(clock): clock.random.random(); await clock.sleep(1); clock.now_us()", []),
+        ("import os\nos.environ['A']", ["os.environ"]),
+        ("from datetime import datetime\ndatetime.fromtimestamp(0)", []),
+    ],
+)
+def test_seam_check_finds_what_it_should(source: str, expected: list[str]) -> None:
+    """The check itself: known breaks are found and uses of an argument are not."""
+    assert [what for _, what in seam_breaks(ast.parse(source))] == expected
