@@ -111,7 +111,7 @@ class Reader:
                 raise FormatError(self.path, f"holds a {head[:4].decode()} file inside {self._source.compression}; unpack it first.")
             self._columnar = ColumnarReader(self.path, is_parquet=head.startswith(PARQUET_MAGIC), base_sizes=self._base_sizes)
             return self._columnar.layout.format
-        if b"\0" in head[:4096]:
+        if b"\0" in head.lstrip().split(b"\n", 1)[0][:4096]:
             raise FormatError(self.path, f"is no text (first bytes {head[:8].hex(' ')}): give a CSV, a capture, Parquet or Arrow.")
         text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
         first = text.split(b"\n", 1)[0]

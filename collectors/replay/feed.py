@@ -67,8 +67,6 @@ class Replay:
         window_rows: int = WINDOW_ROWS,
     ) -> None:
         """Recognise the file. Raises ReplayError or VocabularyError when it cannot be replayed; nothing has been given out then."""
-        if speed is not None and not 0 < speed < float("inf"):
-            raise ValueError(f"The speed {speed} is not above 0; write max for as fast as possible.")
         self.reader = Reader(path, instrument, format_name)
         self.instrument = instrument
         self.source = f"replay/{instrument.exchange}/{instrument.symbol}/{content_hash(path)}"

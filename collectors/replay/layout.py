@@ -107,9 +107,10 @@ def _from_header(path: Path, number: int, names: Sequence[str]) -> tuple[str, di
     needed = {"id", "price", "size", "time"} | ({"side"} if ours else {"maker"})
     if missing := sorted(needed - set(roles)):
         wanted = ", ".join({"id": "a trade id", "maker": "is_buyer_maker", "side": "side"}.get(role, role) for role in missing)
+        shown = ", ".join(ascii(name[:40])[1:-1] for name in names[:12])
         raise FormatError(
             path,
-            f"the columns are {', '.join(names[:12])}; {wanted} is missing: give a Binance dump of trades or aggTrades, or an export of "
+            f"the columns are {shown}; {wanted} is missing: give a Binance dump of trades or aggTrades, or an export of "
             f"ours ({','.join(EXPORT_COLUMNS)}).",
             line=number,
         )
@@ -129,10 +130,10 @@ def _from_rows(path: Path, lines: Sequence[tuple[int, Sequence[bytes]]]) -> tupl
     if shape in ((7, 6), (8, 6)):
         return AGG_TRADES, {"id": 0, "price": 1, "size": 2, "time": 5, "maker": 6}, shape[0]
     number, fields = lines[0]
-    text = b",".join(fields)[:100].decode("utf-8", "replace")
+    text = ascii(b",".join(fields)[:100].decode("utf-8", "replace"))
     raise FormatError(
         path,
-        f"'{text}' has {len(fields)} column(s) of no known trade file: give a Binance dump of trades (id,price,qty,quote_qty,time,"
+        f"{text} has {len(fields)} column(s) of no known trade file: give a Binance dump of trades (id,price,qty,quote_qty,time,"
         "is_buyer_maker[,is_best_match]) or aggTrades, a WebSocket capture, or an export of ours.",
         line=number,
     )

@@ -128,3 +128,16 @@ class _Timer:
 
     async def linger(self) -> None:
         await self._clock.sleep(LINGER_US / 1e6)
+
+
+def parse_speed(speed: str | float | None) -> float | None:
+    """Exchange seconds a second of ``max`` (None) or a number above 0, with or without an ``x``. Raises ValueError."""
+    if speed is None or speed == "max":
+        return None
+    try:
+        value = float(str(speed).removesuffix("x"))
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"'{speed}' is no speed: write max, 1 (as recorded) or 60 (a minute a second).")
+    return value
