@@ -115,7 +115,10 @@ def properties(settings: KafkaSettings, *, port: int, controller_port: int, logs
         "background.threads": 2,
         "num.recovery.threads.per.data.dir": 2,
         "metadata.log.max.snapshot.interval.ms": 3_600_000,
-        "controlled.shutdown.enable": "false",
+        # A broker killed and started again may only register when its former session has run out (9 s by default), which is most of
+        # the time a restart takes.
+        "broker.session.timeout.ms": 2000,
+        "broker.heartbeat.interval.ms": 500,
     }
     return "".join(f"{key}={value}\n" for key, value in values.items())
 
