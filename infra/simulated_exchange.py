@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--usdm-symbols", type=int, default=30, help="perpetuals listed; 0: no USD-M market")
     add("--usdm-rate", type=float, default=200.0, help="perpetual trades a second over all symbols")
     add("--seed", type=int, default=1, help="same seed, same market")
-    add("--step-ms", type=int, default=20, help="resolution of generation")
+    add("--step-ms", type=int, default=40, help="resolution of generation; a trade reaches the wire at most this late")
     add("--history", type=int, default=500_000, help="trades kept per market for REST and /sim/truth")
     add("--warmup-s", type=float, default=30.0, help="market time traded before the start")
     add("--max-trades", type=int, default=None, help="stop after this many trades per market")
