@@ -16,7 +16,7 @@ from typing import Any, Final
 from infra.settings import Settings, load_settings, options
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-NOTE: Final = "started-with.json"
+NOTE: Final = "run/started-with.json"
 """File in the data folder: ``{"settings": {dotted key: text}}`` of what was set and is no secret."""
 POINTER: Final = ROOT / ".cache" / "current-stack"
 """File that names the data folder of the stack last started from this checkout."""
@@ -38,7 +38,7 @@ def settings_of(data_dir: Path | None, overrides: Mapping[str, str] | None = Non
     if not fresh:
         return settings
     settings = load_settings(environ, overrides=fresh | given)
-    return replace(settings, origin={**settings.origin, **dict.fromkeys(fresh, f"file:{NOTE}")})
+    return replace(settings, origin={**settings.origin, **dict.fromkeys(fresh, "file:" + NOTE)})
 
 
 def read_note(data_dir: Path) -> dict[str, str]:
@@ -56,7 +56,7 @@ def write_note(settings: Settings) -> None:
     secret = {item.key for item in options() if item.secret}
     # defaults are left out: ports follow ports.base, and a later release may have better ones
     shown = {key: text for key, text, origin in settings.shown() if origin != "default" and key not in secret and key != "data_dir"}
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    (settings.data_dir / NOTE).parent.mkdir(parents=True, exist_ok=True)
     _replace(settings.data_dir / NOTE, json.dumps({"settings": shown}, indent=1))
     if os.access(POINTER.parent.parent, os.W_OK):  # a container's root is read-only
         POINTER.parent.mkdir(exist_ok=True)

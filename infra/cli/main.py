@@ -116,6 +116,14 @@ def doctor(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False
 
 
 @app.command()
+def provision(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Create topics, schemas and tables on the servers the settings name; `up` does it by itself."""
+    from infra.cli.doctor import provision as run
+
+    run(Output(as_json=as_json), data_dir=data_dir)
+
+
+@app.command()
 def tail(
     topic: Annotated[str, typer.Argument(help="Topic without prefix, e.g. trades, bars, bars.rows, deadletter.")],
     begin: Annotated[str, typer.Option("--from", help="latest, earliest, an offset, or how long ago: 10m.")] = "latest",
@@ -175,7 +183,7 @@ def export_bars(
         start=start,
         end=end,
         file_format=file_format.value,
-        output=output,
+        file=output,
     )
 
 
@@ -204,7 +212,7 @@ def export_trades(
         start=start,
         end=end,
         file_format=file_format.value,
-        output=output,
+        file=output,
     )
 
 
