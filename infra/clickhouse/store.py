@@ -77,12 +77,19 @@ def _arrow(batch: Batch) -> pa.Table:
     arrays: dict[str, Any] = {}
     if batch.keys:
         pairs = [key.partition(":") for key in batch.keys]
-        codes = pa.array(columns["symbol_code"])
-        arrays["exchange"] = pa.DictionaryArray.from_arrays(codes, pa.array([pair[0] for pair in pairs]))
-        arrays["symbol"] = pa.DictionaryArray.from_arrays(codes, pa.array([pair[2] for pair in pairs]))
+        codes = columns["symbol_code"]
+        arrays["exchange"] = _dictionary(codes, [exchange for exchange, _, _ in pairs])
+        arrays["symbol"] = _dictionary(codes, [symbol for _, _, symbol in pairs])
     for name, _ in TABLES[batch.table].columns:
         if name not in arrays:
             column = columns[name]
             # text and bytes come as objects, one a row; a topic of frames has none
             arrays[name] = pa.array(column.tolist(), pa.binary() if name == "raw" else None) if column.dtype == object else pa.array(column)
     return pa.table(arrays)
+
+
+def _dictionary(codes: npt.NDArray[np.int32], words: list[str]) -> Any:
+    """An Arrow dictionary column; ClickHouse refuses one whose dictionary names a word twice (code 117)."""
+    place: dict[str, int] = {}
+    code_of_word = np.array([place.setdefault(word, len(place)) for word in words], np.int32)
+    return pa.DictionaryArray.from_arrays(pa.array(code_of_word[codes]), pa.array(list(place)))
