@@ -190,9 +190,11 @@ class Wire:
     def rest_aggregates(self, code: int, trades: Trades, *, skew_ms: int = 0) -> str:
         """The body of ``aggTrades``; ``trades`` must hold whole aggregates."""
         best_match = ',"M":true' if self.spot else ""
+        if not len(trades):
+            return "[]"
         start = aggregate_starts(trades)
         last = np.append(start[1:], len(trades)) - 1
-        sizes = np.add.reduceat(trades.size, start).tolist() if len(start) else []
+        sizes = np.add.reduceat(trades.size, start).tolist()
         rows = zip(
             trades.agg_id[start].tolist(),
             trades.price[start].tolist(),
@@ -252,9 +254,7 @@ class Wire:
 
 
 def aggregate_starts(trades: Trades) -> IntArray:
-    """Where each aggregate begins in ``trades``."""
-    if not len(trades):
-        return np.zeros(0, dtype=np.int64)
+    """Where each aggregate begins in ``trades`` (at least one)."""
     changed: BoolArray = np.append(True, trades.agg_id[1:] != trades.agg_id[:-1])
     return np.flatnonzero(changed)
 
