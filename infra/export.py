@@ -227,8 +227,10 @@ class _ArrowWriter:
         # polars hands out string views, which few readers know
         table = pa.table({name: _plain(page[name]) for name in page.columns})
         if self._writer is None:
-            make = pyarrow.parquet.ParquetWriter if self._parquet else pa.ipc.new_file
-            self._writer = make(self._file, table.schema)
+            if self._parquet:  # checksums: a flipped bit in a column of numbers is another number, and nothing else would tell
+                self._writer = pyarrow.parquet.ParquetWriter(self._file, table.schema, write_page_checksum=True)
+            else:
+                self._writer = pa.ipc.new_file(self._file, table.schema)
         self._writer.write_table(table)
 
     def close(self) -> None:

@@ -37,6 +37,9 @@ _STALL_S: Final = 120.0
 """Without any progress of worker and sink for this long the replay gives up waiting; what it published stays in Kafka."""
 
 
+_END_TIMEOUT_S: Final = 5.0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplayProgress:
     """Where a replay is, five times a second."""
@@ -164,7 +167,12 @@ class _Run:
         self._started_us = self.clock.monotonic_us()
         with RegistryClient.from_settings(self._settings) as registry:
             self._producer = FrameProducer(self._settings.kafka, registry)
-            await self._publish(partition, before[partition])
+            try:
+                await self._publish(partition, before[partition])
+            except BaseException:  # Ctrl-C too: a source that never ends would hold back its symbol's bars
+                await self._producer.send("trades", partition, replay.end_frame())
+                await self._producer.flush(_END_TIMEOUT_S)
+                raise
             offsets = await self._producer.flush()
         published_us = self.clock.monotonic_us()
         stats = replay.stats

@@ -67,7 +67,7 @@ class ColumnarReader:
             raise access_error(self._path, exc) from exc
 
     def _parquet_batches(self) -> Iterator[Any]:
-        with pyarrow.parquet.ParquetFile(self._path) as file:
+        with pyarrow.parquet.ParquetFile(self._path, page_checksum_verification=True) as file:
             yield from file.iter_batches(batch_size=self._batch_rows)
 
     def _arrow_batches(self) -> Iterator[Any]:

@@ -12,12 +12,12 @@ from typing import Final
 
 from collectors.replay.bytesource import access_error
 from collectors.replay.detect import Reader
-from collectors.replay.errors import StrictError, TruncatedError
+from collectors.replay.errors import ReplayError, StrictError, TruncatedError
 from collectors.replay.order import WINDOW_ROWS, Columns, LookAhead, Ordered
 from collectors.replay.pacing import MAX_FRAME_ROWS, Pacing, paced
 from collectors.replay.rows import Block, Rejected
 from collectors.replay.seen import SeenIds
-from schemas.frames import Frame
+from schemas.frames import END_OF_SOURCE, Frame
 from schemas.seam import Clock
 from schemas.symbols import Instrument
 
@@ -73,6 +73,7 @@ class Replay:
         self.stats = ReplayStats()
         self._pacing = Pacing(source=self.source, key=instrument.key, speed=speed, max_frame_rows=max_frame_rows)
         self._clock = clock
+        self._watermark_us = 0
         self._seen = SeenIds()
         self._look_ahead = LookAhead(window_rows)
         self._on_rejected = on_rejected
@@ -98,7 +99,12 @@ class Replay:
         """
         async for frame in paced(self._groups(), self._pacing, self._clock):
             self.stats.published += frame.row_count
+            self._watermark_us = frame.watermark_us
             yield frame
+
+    def end_frame(self) -> Frame:
+        """What ends the source when :meth:`frames` was not pulled to its end: an abandoned source would hold back the bars of its symbol."""
+        return Frame(source=self.source, watermark_us=self._watermark_us, symbols=(self.instrument.key,), flags=END_OF_SOURCE)
 
     async def _groups(self) -> AsyncIterator[Ordered]:
         steps = self._steps()
@@ -122,15 +128,16 @@ class Replay:
         try:
             for block in self.reader.blocks():
                 yield block.rejected, list(self._look_ahead.push(self._fresh(block)))
-        except TruncatedError as error:
+        except ReplayError as error:  # a break, or damage first met in the middle
             if not self.stats.rows:
                 raise
             self.stats.problem = self._say_what_is_missing(error)
         yield (), list(self._look_ahead.finish())
         self.stats.late = self._look_ahead.late_rows
 
-    def _say_what_is_missing(self, error: TruncatedError) -> TruncatedError:
-        what = f"{error.what}: {self.stats.rows:,} rows before were read, everything from this line on is missing; get the file again."
+    def _say_what_is_missing(self, error: ReplayError) -> TruncatedError:
+        here = "this line" if error.line else "there"
+        what = f"{error.what.rstrip('.')}: {self.stats.rows:,} rows before were read, everything from {here} on is missing; get the file again."
         return TruncatedError(error.path, what, line=error.line)
 
     def _fresh(self, block: Block) -> Columns:

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import polars as pl
+import pyarrow.parquet
 import pytest
 from replay_files import BTC, T0_MS, FakeClock, dump, recorded, replay, write
 
@@ -355,6 +356,21 @@ async def test_a_zip_with_a_broken_member(tmp_path: Path) -> None:
     result = await replay(_bytes(path, bytes(data)))
     assert len(result.ids) > 10_000
     assert "the zip member is damaged" in str(result.stats.problem)
+
+
+async def test_a_parquet_file_with_a_broken_row_group(tmp_path: Path) -> None:
+    """What stands before the damage is published; the problem says that the rest is missing."""
+    path, count = tmp_path / "x.parquet", 300_000
+    frame = pl.DataFrame({"id": range(count), "price": [5.0] * count, "qty": [1.0] * count, "time": [T0_MS] * count})
+    table = frame.with_columns(is_buyer_maker=True).to_arrow()
+    pyarrow.parquet.write_table(table, path, row_group_size=140_000, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    middle = len(data) * 3 // 5
+    data[middle : middle + 2_000] = b"\xff" * 2_000
+    result = await replay(_bytes(path, bytes(data)))
+    assert 0 < len(result.ids) < count
+    assert "is damaged (could not verify page integrity" in str(result.stats.problem)
+    assert str(result.stats.problem).endswith("everything from there on is missing; get the file again.")
 
 
 async def test_every_error_is_one_of_ours(tmp_path: Path) -> None:
