@@ -1,0 +1,108 @@
+"""The local broker: what it acknowledged it keeps, what we send fits, and what it says no to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from infra.stack import kafka
+from tests.integration.conftest import RunningStack
+
+
+def _make_topic(stack: RunningStack, name: str) -> None:
+    admin = AdminClient(stack.settings.kafka.client_config())
+    admin.create_topics([NewTopic(name, num_partitions=1, replication_factor=1)])[name].result(10)
+
+
+def _read(stack: RunningStack, topic: str) -> list[bytes]:
+    consumer = Consumer({**stack.settings.kafka.client_config(), "group.id": topic, "enable.partition.eof": True, "fetch.max.bytes": 2**25})
+    consumer.assign([TopicPartition(topic, 0, OFFSET_BEGINNING)])
+    values: list[bytes] = []
+    try:
+        while True:
+            message = consumer.poll(10)
+            assert message is not None, "the broker sent nothing for 10 s"
+            error = message.error()
+            if error is not None:
+                if error.code() == KafkaError._PARTITION_EOF:
+                    return values
+                continue
+            values.append(message.value() or b"")
+    finally:
+        consumer.close()
+
+
+def test_acknowledged_records_survive_kill_9_of_the_broker(stack: RunningStack, topic_prefix: str) -> None:
+    """Every record acknowledged before, during and after three kills is there once, in order."""
+    topic = topic_prefix + "kills"
+    _make_topic(stack, topic)
+    acknowledged: list[bytes] = []
+    config = {**stack.settings.kafka.client_config(), "enable.idempotence": True, "linger.ms": 1, "log_level": 0}
+    producer = Producer({**config, "reconnect.backoff.max.ms": 100, "retry.backoff.ms": 50})
+    number = 0
+    for _ in range(3):
+        (pid,) = [status.pid for status in stack.supervisor.status() if status.name == "kafka"]
+        killed = False
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            number += 1
+            producer.produce(topic, b"%d" % number, on_delivery=lambda error, message: error or acknowledged.append(message.value()))
+            producer.poll(0.002)
+            if not killed and len(acknowledged) > 50:
+                os.kill(pid, signal.SIGKILL)
+                killed, before = True, len(acknowledged)
+            elif killed and len(acknowledged) > before + 200:
+                break
+        assert producer.flush(30) == 0
+    stored = _read(stack, topic)
+    assert stored == [b"%d" % each for each in range(1, number + 1)]
+    assert set(acknowledged) <= set(stored)
+
+
+def test_a_state_chunk_of_16_mb_fits_and_100_mb_are_refused(stack: RunningStack, topic_prefix: str) -> None:
+    """The broker takes the largest record we send; one of 100 MB is refused with a sentence and the broker lives on."""
+    topic = topic_prefix + "large"
+    _make_topic(stack, topic)
+    producer = Producer({**stack.settings.kafka.client_config(), "message.max.bytes": 200_000_000, "queue.buffering.max.kbytes": 400_000})
+    errors: list[KafkaError | None] = []
+    producer.produce(topic, os.urandom(16 * 1024 * 1024), on_delivery=lambda error, _: errors.append(error))
+    producer.flush(30)
+    assert errors == [None]
+    with_100 = Producer(
+        {**stack.settings.kafka.client_config(), "message.max.bytes": 200_000_000, "message.timeout.ms": 5000, "log_level": 0}
+    )
+    with_100.produce(topic, bytes(100_000_000), on_delivery=lambda error, _: errors.append(error))
+    with_100.flush(30)
+    assert errors[1] is not None
+    assert [len(value) for value in _read(stack, topic)] == [16 * 1024 * 1024]
+
+
+def test_a_misspelt_topic_is_an_error_not_a_new_topic(stack: RunningStack, topic_prefix: str) -> None:
+    """Topics are only made on purpose."""
+    producer = Producer({**stack.settings.kafka.client_config(), "topic.metadata.propagation.max.ms": 100, "message.timeout.ms": 2000})
+    errors: list[KafkaError | None] = []
+    producer.produce(topic_prefix + "tradse", b"x", on_delivery=lambda error, _: errors.append(error))
+    producer.flush(10)
+    assert errors[0] is not None
+    assert topic_prefix + "tradse" not in AdminClient(stack.settings.kafka.client_config()).list_topics(timeout=5).topics
+
+
+def test_the_probe_tells_a_broker_from_anything_else(stack: RunningStack) -> None:
+    """Ready means it speaks Kafka, not that a port is open."""
+    assert kafka.probe(stack.settings.ports.kafka) is None
+    assert kafka.probe(stack.settings.ports.clickhouse) is not None
+    (free,) = kafka.free_ports(1)
+    assert "does not answer" in (kafka.probe(free) or "")
+
+
+@pytest.mark.parametrize("name", ["kafka", "clickhouse", "postgres", "registry"])
+def test_each_server_is_ready_and_says_where(stack: RunningStack, name: str) -> None:
+    """The status names every server with its ports and log."""
+    (status,) = [status for status in stack.supervisor.status() if status.name == name]
+    assert status.state == "ready" and status.lives() and status.ports and status.log.endswith(f"{name}.log")
