@@ -21,7 +21,7 @@ import uvloop
 from collectors.simulated.config import ServerConfig
 from collectors.simulated.errors import SimulationConfigError
 from collectors.simulated.exchange import ExchangeConfig
-from collectors.simulated.market import MarketConfig
+from collectors.simulated.regimes import MarketConfig
 from collectors.simulated.server import serve
 from infra.seam import SystemClock
 

@@ -20,7 +20,8 @@ class ServerConfig:
         ping_interval_s: between server pings (Binance spot: 20 s; USD-M: 3 min, not told apart here).
         pong_timeout_s: a client that owes a pong this long is dropped (Binance: a minute).
         max_connection_s: life of a connection (Binance: 24 h).
-        max_messages_a_second: incoming messages, pings and pongs included, per connection (Binance spot: 5).
+        max_messages_a_second: incoming messages, pings and pongs included, per spot connection (Binance: 5); USD-M takes
+            twice as many.
         max_buffer_bytes: unsent bytes per connection before a slow client is dropped; 16 MiB are 90,000 trades.
         max_connections: open sockets of all kinds.
         pace: trade in step with the clock; False: only :meth:`SimulatedExchange.advance` moves time.

@@ -41,13 +41,18 @@ def answer(exchange: SimulatedExchange, request: Request) -> Response | None:
     if route == ("GET", "/livez"):
         return as_json({"status": "ok"})
     if route == ("GET", "/readyz"):
-        done = exchange.finished.is_set()
-        return as_json(
-            {"status": "finished" if done else "ok", "reasons": ["max_trades were made"] if done else []}, status=503 if done else 200
-        )
+        return _readiness(exchange)
     if route == ("GET", "/metrics"):
         return Response(body=_metrics(exchange), content_type="text/plain; version=0.0.4")
     return None
+
+
+def _readiness(exchange: SimulatedExchange) -> Response:
+    if exchange.failure is not None:
+        return as_json({"status": "failed", "reasons": [f"the market stopped: {exchange.failure}"]}, status=503)
+    if exchange.finished.is_set():
+        return as_json({"status": "finished", "reasons": ["max_trades were made"]}, status=503)
+    return as_json({"status": "ok", "reasons": []})
 
 
 def _body(request: Request) -> Any:

@@ -11,11 +11,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from collectors.simulated.blocks import TradeBlock
 from collectors.simulated.errors import SimulationConfigError
 from collectors.simulated.faults import KEPT_FAULTS, FaultPlan, FaultRequest
 from collectors.simulated.history import MinuteCandles, TradeRing
 from collectors.simulated.limits import WeightLimit
-from collectors.simulated.market import Market, MarketConfig, TradeBlock
+from collectors.simulated.market import Market
+from collectors.simulated.regimes import MarketConfig
 from collectors.simulated.universe import MarketKind
 from collectors.simulated.wire import Wire
 

@@ -13,9 +13,9 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from collectors.simulated.blocks import BoolArray, IntArray, TradeBlock
 from collectors.simulated.exchange import Venue
 from collectors.simulated.history import INTERVAL_MS, Candles
-from collectors.simulated.market import BoolArray, IntArray, TradeBlock
 from collectors.simulated.subscriptions import Selection, Subscriptions
 from collectors.simulated.tickers import candles_of
 

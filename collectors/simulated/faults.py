@@ -33,8 +33,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from collectors.simulated.blocks import TradeBlock, concatenate
 from collectors.simulated.errors import UnknownFaultError
-from collectors.simulated.market import TradeBlock
 
 KEPT_IDS: Final = 10_000
 """Touched ids remembered per fault."""
@@ -197,21 +197,3 @@ class FaultPlan:
                 rest = blocks[0].take(later)
                 blocks[0] = blocks[0].take(np.delete(np.arange(len(blocks[0])), later))
                 blocks += [released.take(np.arange(len(released))[::-1]), rest]
-
-
-def concatenate(blocks: list[TradeBlock]) -> TradeBlock:
-    """Rows of several blocks one after the other, without the grouping by symbol."""
-    none = np.zeros(0, dtype=np.int64)
-    return TradeBlock(
-        end_ms=max(block.end_ms for block in blocks),
-        code=np.concatenate([block.code for block in blocks]),
-        trade_id=np.concatenate([block.trade_id for block in blocks]),
-        price=np.concatenate([block.price for block in blocks]),
-        size=np.concatenate([block.size for block in blocks]),
-        time_ms=np.concatenate([block.time_ms for block in blocks]),
-        buyer_is_maker=np.concatenate([block.buyer_is_maker for block in blocks]),
-        agg_id=np.concatenate([block.agg_id for block in blocks]),
-        by_symbol=none,
-        group_start=none,
-        group_code=none,
-    )

@@ -13,8 +13,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from collectors.simulated.blocks import IntArray, TradeBlock
 from collectors.simulated.errors import SimulationConfigError
-from collectors.simulated.market import IntArray, Market, TradeBlock
+from collectors.simulated.market import Market
 
 MINUTE_MS: Final = 60_000
 

@@ -141,6 +141,9 @@ class Peer(asyncio.Protocol):
             return
         kind, venue, path = found
         self.kind = kind
+        if kind == "usdm":
+            # USD-M takes ten messages a second where spot takes five.
+            self._incoming_us = deque(maxlen=2 * self._host.config.max_messages_a_second)
         self.subscriptions = Subscriptions(venue.wire, self._host.codes(kind))
         self.combined = path == "/stream"
         self._transport.write(reply)

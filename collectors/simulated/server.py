@@ -27,9 +27,9 @@ from collectors.simulated.exchange import Exchange, Venue
 from collectors.simulated.fanout import Fanout
 from collectors.simulated.faults import FaultRequest, parse_fault
 from collectors.simulated.http import Request, Response, as_json
+from collectors.simulated.injection import carry_out
 from collectors.simulated.peer import Peer
 from collectors.simulated.universe import MarketKind
-from collectors.simulated.wire import frame
 from schemas.seam import Clock
 
 logger = logging.getLogger(__name__)
@@ -57,10 +57,12 @@ class SimulatedExchange:
         self.port = config.port
         self.skipped_ms = 0
         self.finished = asyncio.Event()
+        self.failure: Exception | None = None
         self._clock = clock
         self._anchor_ms = start_ms
         self._anchor_us = self._started_us
-        self._peers: set[Peer] = set()
+        # In the order they came: faults that name a number of connections take the oldest.
+        self._peers: dict[Peer, None] = {}
         self._fanouts = {kind: Fanout(venue) for kind, venue in self.exchange.venues.items()}
         self._codes = {kind: {name: code for code, name in enumerate(venue.wire.lower)} for kind, venue in self.exchange.venues.items()}
 
@@ -102,7 +104,7 @@ class SimulatedExchange:
     @property
     def connections(self) -> list[Peer]:
         """Open WebSockets, oldest first."""
-        return sorted((peer for peer in self._peers if peer.streaming), key=lambda peer: peer.opened_us)
+        return [peer for peer in self._peers if peer.streaming]
 
     def set_rate(self, rate: float, kind: MarketKind = "spot") -> None:
         """Trades a second from the next step on."""
@@ -121,14 +123,23 @@ class SimulatedExchange:
             UnknownFaultError: it cannot be understood, or its symbol or market does not exist.
         """
         request = parse_fault(fault)
-        self._carry_out(request)
+        carry_out(request, self.exchange, self.connections, wall_ms=self._clock.now_us() // 1_000)
         self.exchange.remember(request)
         return request
 
     # Time.
 
     async def run(self) -> None:
-        """Trade in step with the clock until cancelled or ``max_trades`` are made; housekeeping once a second."""
+        """Trade in step with the clock until cancelled; housekeeping once a second. A failure is kept for ``/readyz`` and raised."""
+        try:
+            await self._run()
+        except Exception as error:
+            logger.exception("the market stopped")
+            self.failure = error
+            self.finished.set()
+            raise
+
+    async def _run(self) -> None:
         kept_us = self._clock.monotonic_us()
         step_ms = self.config.exchange.spot.step_ms
         while True:
@@ -173,71 +184,16 @@ class SimulatedExchange:
             rows = venue.faults.apply(block)
             self._fanouts[kind].publish(rows, listeners, skew_ms=self.exchange.skew_ms)
 
-    # Faults.
-
-    def _carry_out(self, request: FaultRequest) -> None:
-        if request.fault == "clear":
-            self._clear_faults()
-            return
-        venue = self.exchange.venues.get(request.market)  # type: ignore[call-overload]
-        if venue is None:
-            raise UnknownFaultError(f"{request.fault}: market {request.market} is not simulated here")
-        if request.fault in ("drop", "duplicate", "reorder", "hole", "pause"):
-            code = venue.market.code(request.symbol)
-            if code is None:
-                raise UnknownFaultError(f"{request.fault}: symbol {request.symbol} is not listed on {request.market}")
-            self._on_symbol(request, venue, code)
-        elif request.fault == "rate_limit":
-            venue.limit.force(request.status, self._clock.now_us() // 1_000 + int(request.seconds * 1_000))
-        elif request.fault == "skew":
-            self.exchange.skew_ms = request.milliseconds
-        else:
-            self._on_connections(request)
-
-    def _on_symbol(self, request: FaultRequest, venue: Venue, code: int) -> None:
-        if request.fault == "hole":
-            first = int(venue.market.next_trade_id[code])
-            request.touched.extend(range(first, first + request.count))
-            venue.market.skip_ids(code, request.count)
-        elif request.fault == "pause":
-            venue.market.paused[code] = True
-            if request.seconds:
-                venue.pauses[code] = self.exchange.time_ms + int(request.seconds * 1_000)
-        else:
-            venue.faults.add(request, code)
-
-    def _on_connections(self, request: FaultRequest) -> None:
-        chosen = [peer for peer in self.connections if peer.kind == request.market and not peer.half_open]
-        if request.fault == "malformed":
-            for peer in chosen:
-                peer.write(frame(request.text.encode()) * request.count)
-            return
-        for peer in chosen[: request.connections or None]:
-            if request.fault == "half_open":
-                peer.half_open = True
-            elif request.fault == "close":
-                peer.abort()
-            else:
-                peer.close(1001, "connection is valid for 24 hours")
-
-    def _clear_faults(self) -> None:
-        self.exchange.skew_ms = 0
-        for venue in self.exchange.venues.values():
-            venue.faults.clear()
-            venue.limit.clear()
-            for code in np.flatnonzero(venue.market.paused).tolist():
-                venue.resume(code)
-
     # What peers need (collectors.simulated.peer.Host).
 
     def opened(self, peer: Peer) -> bool:
         """A socket was accepted."""
-        self._peers.add(peer)
+        self._peers[peer] = None
         return len(self._peers) <= self.config.max_connections
 
     def lost(self, peer: Peer) -> None:
         """A socket is gone."""
-        self._peers.discard(peer)
+        self._peers.pop(peer, None)
 
     def codes(self, kind: MarketKind) -> dict[str, int]:
         """Symbol code by lower-case symbol."""

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from collectors.simulated.blocks import BoolArray
 from collectors.simulated.history import INTERVAL_MS
-from collectors.simulated.market import BoolArray
 from collectors.simulated.wire import Wire
 
 MAX_STREAMS: Final = 1_024

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from collectors.simulated.blocks import IntArray
 from collectors.simulated.exchange import Venue
 from collectors.simulated.history import INTERVAL_MS, Candles, candles_of_trades, regroup
-from collectors.simulated.market import IntArray
 
 DAY_MS = 86_400_000
 

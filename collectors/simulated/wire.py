@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from collectors.simulated.blocks import BoolArray, IntArray, TradeBlock
 from collectors.simulated.history import Candles, Trades
-from collectors.simulated.market import BoolArray, IntArray, TradeBlock
 from collectors.simulated.universe import Universe
 
 JSON_BOOL: Final = (b"false", b"true")

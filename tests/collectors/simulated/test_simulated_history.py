@@ -8,7 +8,7 @@ import pytest
 from collectors.simulated.errors import SimulationConfigError
 from collectors.simulated.exchange import Exchange, ExchangeConfig
 from collectors.simulated.history import TradeRing, candles_of_trades, regroup
-from collectors.simulated.market import MarketConfig
+from collectors.simulated.regimes import MarketConfig
 
 START_MS = 1_723_161_255_000
 

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from collectors.simulated.blocks import TradeBlock
 from collectors.simulated.config import ServerConfig
 from collectors.simulated.errors import HttpSyntaxError, SimulationConfigError, UnknownFaultError
 from collectors.simulated.faults import FaultPlan, parse_fault
 from collectors.simulated.http import MAX_BODY, MAX_LINE, Response, take_request, websocket_reply
 from collectors.simulated.limits import REFUSALS_BEFORE_BAN, WeightLimit
-from collectors.simulated.market import Market, MarketConfig, TradeBlock
+from collectors.simulated.market import Market
+from collectors.simulated.regimes import MarketConfig
 from collectors.simulated.rest import weight_of
 from collectors.simulated.subscriptions import MAX_STREAMS, Subscriptions, TooManyStreamsError
 from collectors.simulated.wire import Wire

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from collectors.simulated.blocks import TradeBlock
 from collectors.simulated.errors import SimulationConfigError
-from collectors.simulated.market import Market, MarketConfig, TradeBlock
+from collectors.simulated.market import Market
+from collectors.simulated.regimes import MarketConfig
 from collectors.simulated.universe import build_universe
 
 START_MS = 1_723_161_255_000

@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 import pytest
 import websockets
-from conftest import START_MS, ManualClock, small_config
+from simulated_support import START_MS, ManualClock, small_config
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from collectors.simulated.errors import SimulationConfigError, UnknownFaultError
 from collectors.simulated.exchange import ExchangeConfig
-from collectors.simulated.market import MarketConfig
+from collectors.simulated.regimes import MarketConfig
 from collectors.simulated.server import SimulatedExchange, serve
 from infra.seam import SystemClock
 
@@ -484,6 +484,16 @@ async def test_max_trades_stops_the_market_but_not_the_server(clock: ManualClock
         assert sum(len(exchange.truth(symbol)["trade_id"]) for symbol in symbols) == 2_000
         assert (await rest.get("/readyz")).status_code == 503
         assert (await rest.get("/api/v3/ping")).status_code == 200
+
+
+async def test_failure_of_the_market_is_not_silent(clock: ManualClock) -> None:
+    """If trading stops with an error, readyz says so, and leaving raises it."""
+    with pytest.raises(ZeroDivisionError):
+        async with serve(small_config(pace=True), clock) as exchange, httpx.AsyncClient(base_url=exchange.rest_url) as rest:
+            exchange.exchange.step = lambda: 1 // 0  # type: ignore[assignment, method-assign, return-value]
+            await clock.move(1)
+            reply = await rest.get("/readyz")
+            assert (reply.status_code, reply.json()["status"]) == (503, "failed")
 
 
 async def test_live_exchange_feeds_a_client_in_real_time() -> None:

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from collectors.simulated.blocks import TradeBlock
 from collectors.simulated.exchange import Exchange, ExchangeConfig
 from collectors.simulated.http import Request
-from collectors.simulated.market import MarketConfig, TradeBlock
+from collectors.simulated.regimes import MarketConfig
 from collectors.simulated.rest import answer
 from collectors.simulated.tickers import candles_of
 from collectors.simulated.wire import decimal, frame, product
