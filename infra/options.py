@@ -201,7 +201,7 @@ def _convert(item: Option, value: Any, where: str) -> Any:
     if kind in (int, float):
         return _to_number(item, kind, value, where)
     if kind is Path:
-        return Path(str(value)).expanduser().absolute()
+        return _to_path(item, value, where)
     return _to_text(item, value, where)
 
 
@@ -212,6 +212,16 @@ def _to_text(item: Option, value: Any, where: str) -> str:
     if allowed is not None:
         raise _refuse(item, value, where, allowed)
     return value
+
+
+def _to_path(item: Option, value: Any, where: str) -> Path:
+    text = str(value)
+    try:
+        if not text or "\0" in text:
+            raise RuntimeError
+        return Path(text).expanduser().absolute()
+    except RuntimeError:  # what expanduser raises for a user there is not
+        raise _refuse(item, value, where, "the path of a folder") from None
 
 
 def _to_bool(item: Option, value: Any, where: str) -> bool:

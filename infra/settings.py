@@ -51,7 +51,7 @@ class PortSettings:
     api: int = option(0, "REST and WebSocket", port=True, env="MARKETSTREAM_PORT_API", derive=lambda v: v["ports.base"] + 80)
     collector: int = option(0, "collector health", port=True, env="MARKETSTREAM_PORT_COLLECTOR", derive=lambda v: v["ports.base"] + 82)
     worker: int = option(
-        0, "worker health (first worker)", port=True, env="MARKETSTREAM_PORT_WORKER", derive=lambda v: v["ports.base"] + 60
+        0, "worker health (first worker)", port=True, env="MARKETSTREAM_PORT_WORKER", derive=lambda v: v["ports.base"] + 200
     )
     sink: int = option(0, "sink health", port=True, env="MARKETSTREAM_PORT_SINK", derive=lambda v: v["ports.base"] + 84)
     sim: int = option(0, "simulated exchange", port=True, env="MARKETSTREAM_PORT_SIM", derive=lambda v: v["ports.base"] + 85)
