@@ -1,0 +1,163 @@
+"""What was seen already: rows of a topic in, a verdict per row out, so that a client gets each trade and each (bar, revision) once.
+
+Producers deliver at least once and files are replayed twice: the same trade id, the same bar revision may stand in a topic several times.
+The first one counts. Memory is bounded, so a filter knows everything above its ``floor`` and answers UNKNOWN below it; the caller then asks
+ClickHouse, which knows all, and tells :meth:`learn`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from enum import Enum
+from typing import Final
+
+MAX_INTERVALS: Final = 2_048
+"""Gaps in trade ids a series remembers: 2,048 pairs are 130 kB; ids of most venues have none."""
+MAX_BARS: Final = 1_024
+"""Final bars whose revision a series remembers: 17 minutes of 1 s bars, well over the window in which bars are revised."""
+
+
+class Verdict(Enum):
+    """What a row is to the stream."""
+
+    FRESH = 1
+    DUPLICATE = 2
+    UNKNOWN = 3
+
+
+class TradeFilter:
+    """Trade ids seen, as closed intervals in ascending order.
+
+    Args:
+        floor: ids up to and including this one are not known here. ``None``: nothing came before, every id is known to be new.
+    """
+
+    def __init__(self, floor: int | None = None) -> None:
+        self.floor = floor
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._learnt: dict[int, bool] = {}
+
+    def judge(self, trade_id: int) -> Verdict:
+        """The verdict on an id; changes nothing."""
+        if self._ends and trade_id > self._ends[-1]:
+            return Verdict.FRESH
+        if trade_id in self._learnt:
+            return Verdict.DUPLICATE if self._learnt[trade_id] else Verdict.FRESH
+        if self.floor is not None and trade_id <= self.floor:
+            return Verdict.UNKNOWN
+        place = bisect_left(self._ends, trade_id)
+        seen = place < len(self._ends) and self._starts[place] <= trade_id
+        return Verdict.DUPLICATE if seen else Verdict.FRESH
+
+    def admit(self, trade_id: int) -> bool:
+        """Note an id as seen; whether it was fresh. An UNKNOWN id must have been :meth:`learnt` before, otherwise it counts as seen."""
+        verdict = self.judge(trade_id)
+        if verdict is not Verdict.FRESH:
+            return False
+        if self.floor is not None and trade_id <= self.floor:
+            self._learnt[trade_id] = True
+            return True
+        self._insert(trade_id)
+        return True
+
+    def learn(self, asked: Iterable[int], seen: set[int]) -> None:
+        """Take over what ClickHouse said about unknown ids; forgets earlier answers, so memory stays bounded by one record."""
+        self._learnt = {trade_id: trade_id in seen for trade_id in asked}
+
+    def seed(self, ids: Iterable[int]) -> None:
+        """Note ids as seen."""
+        for trade_id in sorted(ids):
+            if self.floor is None or trade_id > self.floor:
+                self._insert(trade_id)
+
+    def _insert(self, trade_id: int) -> None:
+        starts, ends = self._starts, self._ends
+        if ends and trade_id == ends[-1] + 1:  # nearly every trade
+            ends[-1] = trade_id
+            return
+        place = bisect_left(ends, trade_id)
+        if place < len(ends) and starts[place] <= trade_id:
+            return
+        joins_left = place > 0 and ends[place - 1] + 1 == trade_id
+        joins_right = place < len(starts) and starts[place] == trade_id + 1
+        if joins_left and joins_right:
+            ends[place - 1] = ends[place]
+            del starts[place], ends[place]
+        elif joins_left:
+            ends[place - 1] = trade_id
+        elif joins_right:
+            starts[place] = trade_id
+        else:
+            starts.insert(place, trade_id)
+            ends.insert(place, trade_id)
+            if len(ends) > MAX_INTERVALS:
+                self.floor = ends[0]
+                del starts[0], ends[0]
+
+
+class BarFilter:
+    """Newest revision seen of each final bar, by open time, and the open bar's state.
+
+    Args:
+        floor_us: bars that open at or before this time are not known here. ``None``: nothing came before.
+    """
+
+    def __init__(self, floor_us: int | None = None) -> None:
+        self.floor = floor_us
+        self.newest_us: int | None = None
+        self._revisions: dict[int, int] = {}
+        self._learnt: dict[int, int] = {}
+        self._open_us = -(2**63)
+        self._open_input = -1
+
+    def judge(self, open_time_us: int, revision: int) -> Verdict:
+        """The verdict on a final row; changes nothing."""
+        known = self._revisions.get(open_time_us)
+        if known is None:
+            known = self._learnt.get(open_time_us)
+        if known is not None:
+            return Verdict.FRESH if revision > known else Verdict.DUPLICATE
+        if self.floor is not None and open_time_us <= self.floor:
+            return Verdict.UNKNOWN
+        return Verdict.FRESH
+
+    def admit(self, open_time_us: int, revision: int) -> bool:
+        """Note a final row as seen; whether it was fresh. UNKNOWN counts as seen unless it was learnt."""
+        if self.judge(open_time_us, revision) is not Verdict.FRESH:
+            return False
+        if self.floor is not None and open_time_us <= self.floor:
+            self._learnt[open_time_us] = revision
+            return True
+        self._note(open_time_us, revision)
+        return True
+
+    def admit_open(self, open_time_us: int, input_offset: int) -> bool:
+        """Whether a row of an open bar is news: its bar is not final yet and it was made from no older input than the last one shown."""
+        if self.newest_us is not None and open_time_us <= self.newest_us:
+            return False
+        if open_time_us < self._open_us or (open_time_us == self._open_us and input_offset < self._open_input):
+            return False
+        self._open_us = open_time_us
+        self._open_input = input_offset
+        return True
+
+    def learn(self, asked: Iterable[int], seen: dict[int, int]) -> None:
+        """Take over what ClickHouse said about unknown open times: newest revision stored, if any."""
+        self._learnt = {open_time_us: seen.get(open_time_us, -1) for open_time_us in asked}
+
+    def seed(self, bars: Iterable[tuple[int, int]]) -> None:
+        """Note ``(open_time_us, revision)`` as seen."""
+        for open_time_us, revision in bars:
+            if self.floor is None or open_time_us > self.floor:
+                self._note(open_time_us, max(revision, self._revisions.get(open_time_us, -1)))
+
+    def _note(self, open_time_us: int, revision: int) -> None:
+        self._revisions[open_time_us] = revision
+        if self.newest_us is None or open_time_us > self.newest_us:
+            self.newest_us = open_time_us
+        if len(self._revisions) > MAX_BARS:
+            oldest = next(iter(self._revisions))  # first noted; min() would cost 20 us a bar
+            self.floor = oldest if self.floor is None else max(self.floor, oldest)
+            del self._revisions[oldest]

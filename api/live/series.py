@@ -1,0 +1,266 @@
+"""One series read at one place: rows of records in, encoded messages out to its subscriptions.
+
+A series is a channel (``bars``, ``trades``), an instrument and, for bars, a timeframe. It knows what it has seen (filters), what a newcomer
+must be shown (snapshot) and the last messages (log), so that a reconnect needs neither ClickHouse nor Kafka.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol
+
+from api.cursors import LiveCursor, Position
+from api.live.filters import BarFilter, TradeFilter, Verdict
+from api.rows import bar_row, row_json, trade_row
+from schemas.timeframes import timeframe_name
+
+START: Final = Position(-1, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesKey:
+    """What a subscription is about; ``timeframe_s`` is 0 for trades."""
+
+    channel: str
+    exchange: str
+    symbol: str
+    timeframe_s: int = 0
+
+    @property
+    def instrument(self) -> str:
+        """``exchange:symbol``."""
+        return f"{self.exchange}:{self.symbol}"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The envelope's members that name it."""
+        named: dict[str, Any] = {"channel": self.channel, "exchange": self.exchange, "symbol": self.symbol}
+        return named | ({"timeframe": timeframe_name(self.timeframe_s)} if self.timeframe_s else {})
+
+
+class Message(NamedTuple):
+    """One message for every subscriber of a series, encoded once; the writer puts a subscription's head before it."""
+
+    start: Position
+    """Place of its first row."""
+    end: Position
+    """Place after its last row: its cursor."""
+    tail: str
+    """``,"cursor":...,"type":...,"data":...}``."""
+    kind: str
+    """``open`` (update of an open bar: a newer one makes it worthless), ``update``, ``corrected``, ``snapshot``, ``heartbeat``, ``reset``."""
+
+
+class Subscriber(Protocol):
+    """Who gets the messages. Called on the event loop, must not block or raise."""
+
+    def push(self, message: Message) -> None:
+        """Take one message."""
+        ...
+
+
+class Seed(NamedTuple):
+    """What ClickHouse knows of a series before ``offset``: newest rows first known, oldest first listed."""
+
+    offset: int
+    """Rows of records before this offset are accounted for."""
+    rows: list[tuple[int, int, str]]
+    """(key, revision, JSON) ascending: open_time_us of final bars, trade_id of trades (revision 0)."""
+    known: list[int]
+    """More trade ids that are stored, any order."""
+    complete: bool
+    """Nothing older than these is stored."""
+
+
+class Series:
+    """State of one series up to ``position``; rows are fed in topic order. Not thread-safe: lives on the event loop.
+
+    Args:
+        key: what it is.
+        encode_cursor: text of a place in its partition.
+        snapshot_rows: rows a snapshot shows.
+        log_messages, log_bytes: bounds of the log.
+    """
+
+    def __init__(
+        self,
+        key: SeriesKey,
+        encode_cursor: Callable[[Position], str],
+        *,
+        snapshot_rows: int,
+        log_messages: int,
+        log_bytes: int,
+    ) -> None:
+        self.key = key
+        self.position = START
+        """Everything before it was fed."""
+        self.deliver_from = START
+        """Rows before it are noted, not delivered: the reader of a cursor has them."""
+        self.subscribers: set[Subscriber] = set()
+        self.dropped_duplicates = 0
+        self.idle_since_us = 0
+        self._encode_cursor = encode_cursor
+        self._snapshot_rows = snapshot_rows
+        self._log_messages, self._log_bytes = log_messages, log_bytes
+        self._log: deque[Message] = deque()
+        self._log_size = 0
+        self.log_start = START
+        self._bars = BarFilter()
+        self._trades = TradeFilter()
+        self._recent: dict[int, str] = {}
+        self._open: tuple[int, str] | None = None
+
+    # -- what came before
+
+    def seed(self, seed: Seed) -> None:
+        """Begin at ``seed.offset`` with what ClickHouse knows."""
+        keys = [key for key, _, _ in seed.rows]
+        floor = None if seed.complete else min([*keys, *seed.known], default=2**63 - 1)
+        if self.key.timeframe_s:
+            self._bars = BarFilter(floor)
+            self._bars.seed((key, revision) for key, revision, _ in seed.rows)
+        else:
+            self._trades = TradeFilter(floor)
+            self._trades.seed([*keys, *seed.known])
+        self._recent = {key: text for key, _, text in seed.rows}
+        self.position = Position(seed.offset)
+        self.log_start = max(self.position, self.deliver_from)
+
+    def unknown(self, rows: Iterable[tuple[int, Sequence[Any]]]) -> list[int]:
+        """Keys of final rows that only ClickHouse can judge."""
+        if self.key.timeframe_s:
+            judge = self._bars.judge
+            return [row[0] for _, row in rows if row[14] and judge(row[0], row[13]) is Verdict.UNKNOWN]
+        judge_trade = self._trades.judge
+        return [row[0] for _, row in rows if judge_trade(row[0]) is Verdict.UNKNOWN]
+
+    def learn(self, asked: Sequence[int], seen: dict[int, int]) -> None:
+        """What ClickHouse said about those keys: stored ones with their newest revision."""
+        if self.key.timeframe_s:
+            self._bars.learn(asked, seen)
+        else:
+            self._trades.learn(asked, set(seen))
+
+    # -- what comes
+
+    def advance(self, offset: int) -> None:
+        """Everything before ``offset`` holds nothing more for it."""
+        if offset > self.position.offset:
+            self.position = Position(offset)
+
+    def feed(self, offset: int, input_offset: int, rows: Sequence[tuple[int, Sequence[Any]]]) -> None:
+        """Rows ``(index in the record, values in the order of api.rows)`` of the record at ``offset``; the record is done afterwards."""
+        if offset < self.position.offset:
+            return
+        if self.key.timeframe_s:
+            self._feed_bars(offset, input_offset, rows)
+        else:
+            self._feed_trades(offset, rows)
+        self.position = Position(offset + 1)
+
+    def _feed_bars(self, offset: int, input_offset: int, rows: Sequence[tuple[int, Sequence[Any]]]) -> None:
+        group: list[str] = []
+        kind, first, last = "", 0, 0
+        for index, values in rows:
+            open_time_us, revision, final = values[0], values[13], values[14] != 0
+            fresh = self._bars.admit(open_time_us, revision) if final else self._bars.admit_open(open_time_us, input_offset)
+            if not fresh:
+                self.dropped_duplicates += final
+                continue
+            text = row_json(bar_row(values))
+            if final:
+                self._remember(open_time_us, text)
+            else:
+                self._open = (open_time_us, text)
+            if Position(offset, index) < self.deliver_from:
+                continue
+            row_kind = "open" if not final else "corrected" if revision else "update"
+            if group and row_kind != kind:
+                self._emit(kind, Position(offset, first), Position(offset, last + 1), group)
+                group = []
+            if not group:
+                kind, first = row_kind, index
+            last = index
+            group.append(text)
+        if group:
+            self._emit(kind, Position(offset, first), Position(offset + 1), group)
+
+    def _feed_trades(self, offset: int, rows: Sequence[tuple[int, Sequence[Any]]]) -> None:
+        group: list[str] = []
+        first = 0
+        for index, values in rows:
+            if not self._trades.admit(values[0]):
+                self.dropped_duplicates += 1
+                continue
+            text = row_json(trade_row(values))
+            self._remember(values[0], text)
+            if Position(offset, index) < self.deliver_from:
+                continue
+            if not group:
+                first = index
+            group.append(text)
+        if group:
+            self._emit("update", Position(offset, first), Position(offset + 1), group)
+
+    def _remember(self, key: int, text: str) -> None:
+        recent = self._recent
+        recent.pop(key, None)
+        recent[key] = text
+        if len(recent) > 2 * self._snapshot_rows:  # cut rarely: sorting at each row would cost more than the rows
+            self._recent = dict(sorted(recent.items())[-self._snapshot_rows :])
+        if self._open is not None and self._open[0] <= key:
+            self._open = None
+
+    def _emit(self, kind: str, start: Position, end: Position, rows: list[str]) -> None:
+        is_open = kind == "open"
+        tail = self._tail("update" if is_open else kind, end, rows)
+        message = Message(start, end, tail, kind)
+        if not is_open:
+            self._log.append(message)
+            self._log_size += len(tail)
+            while self._log and (len(self._log) > self._log_messages or self._log_size > self._log_bytes):
+                old = self._log.popleft()
+                self._log_size -= len(old.tail)
+                self.log_start = old.end
+        for subscriber in self.subscribers:
+            subscriber.push(message)
+
+    def _tail(self, kind: str, end: Position, rows: Iterable[str]) -> str:
+        return f',"cursor":"{self._encode_cursor(end)}","type":"{kind}","data":[{",".join(rows)}]}}'
+
+    # -- what a newcomer gets
+
+    def snapshot(self, limit: int) -> Message:
+        """The newest ``limit`` final rows, oldest first, then the open bar where there is one; its cursor is where the series stands."""
+        rows = [text for _, text in sorted(self._recent.items())[-limit:]] if limit else []
+        if self._open is not None:
+            rows.append(self._open[1])
+        return Message(self.position, self.position, self._tail("snapshot", self.position, rows), "snapshot")
+
+    def holds(self, place: Position) -> bool:
+        """Whether the log has everything after ``place``."""
+        return place >= self.log_start
+
+    def replay(self, place: Position) -> list[Message]:
+        """Every message at or after ``place``, then the open bar. Only where :meth:`holds` says so."""
+        found = [message for message in self._log if message.start >= place]
+        if self._open is not None and self.position > place:
+            found.append(Message(self.position, self.position, self._tail("update", self.position, [self._open[1]]), "open"))
+        return found
+
+    def announce(self, kind: str, data: str) -> Message:
+        """A message about the series itself (``heartbeat``, ``reset``) with the cursor of where it stands."""
+        return Message(
+            self.position,
+            self.position,
+            f',"cursor":"{self._encode_cursor(self.position)}","type":"{kind}","data":{data}}}',
+            kind,
+        )
+
+    def history(self, rows: Sequence[str], after: LiveCursor) -> Message:
+        """Rows that ClickHouse holds before the series' place but after a page's end, for the reader of that page."""
+        return Message(
+            self.deliver_from, self.deliver_from, f',"cursor":"{after.encode()}","type":"update","data":[{",".join(rows)}]}}', "update"
+        )

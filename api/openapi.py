@@ -1,0 +1,171 @@
+"""The OpenAPI document: made from the row types, the parameters and the codes, once, as bytes."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final
+
+import msgspec
+
+from api.deps import ApiLimits
+from api.errors import CODES, PROBLEM_TYPE
+from api.params import DEFAULT_TIMEFRAME, MEDIA_TYPES
+from api.rows import BarRow, TradeRow
+from schemas.timeframes import TIMEFRAMES
+
+
+class BarsPage(msgspec.Struct):
+    """Bars, oldest first, newest revision of each."""
+
+    exchange: str
+    symbol: str
+    timeframe: str
+    count: int
+    next: str | None
+    live: str | None
+    bars: list[BarRow]
+
+
+class TradesPage(msgspec.Struct):
+    """Trades by id."""
+
+    exchange: str
+    symbol: str
+    count: int
+    next: str | None
+    live: str | None
+    trades: list[TradeRow]
+
+
+class Symbol(msgspec.Struct):
+    """One instrument; the times are null and the count 0 where nothing has traded yet."""
+
+    exchange: str
+    symbol: str
+    active: bool
+    first_trade_time_us: int | None
+    last_trade_time_us: int | None
+    trade_count: int
+
+
+class SymbolsList(msgspec.Struct):
+    """Every instrument."""
+
+    count: int
+    symbols: list[Symbol]
+
+
+class ProblemDocument(msgspec.Struct):
+    """RFC 9457; `code` is stable, `detail` names the culprit and the remedy."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+
+
+_TIME: Final = "ISO 8601 (without a zone: UTC) or a number of seconds, milliseconds, microseconds or nanoseconds since 1970"
+
+
+@cache
+def document(version: str) -> bytes:
+    """The OpenAPI 3.1 document."""
+    schemas, components = msgspec.json.schema_components(
+        [BarsPage, TradesPage, SymbolsList, ProblemDocument], ref_template="#/components/schemas/{name}"
+    )
+    bars, trades, symbols, problem = schemas
+    timeframe = _query("timeframe", "Length of the bars.", {"type": "string", "enum": list(TIMEFRAMES), "default": DEFAULT_TIMEFRAME})
+    paths = {
+        "/api/v1/symbols": _get(
+            "symbols",
+            "Known instruments",
+            [_query("exchange", "Only this exchange.", {"type": "string"})],
+            {"200": _response("The list.", {"application/json": {"schema": symbols}})} | _errors(problem, ("unknown_parameter",)),
+        ),
+        "/api/v1/bars/{exchange}/{symbol}": _get(
+            "bars", "Bars of one instrument", [*_series(), timeframe, *_range()], _page(bars, problem)
+        ),
+        "/api/v1/trades/{exchange}/{symbol}": _get("trades", "Trades of one instrument", [*_series(), *_range()], _page(trades, problem)),
+        "/livez": _get(
+            "livez", "The process lives", [], {"200": _response("It does.", {"application/json": {"schema": {"type": "object"}}})}
+        ),
+        "/readyz": _get(
+            "readyz",
+            "Every dependency answers",
+            [],
+            {code: _response(text, {"application/json": {"schema": {"type": "object"}}}) for code, text in _READY.items()},
+        ),
+    }
+    return msgspec.json.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {"title": "Marketstream", "version": version, "description": _ABOUT},
+            "paths": paths,
+            "components": {"schemas": components},
+        }
+    )
+
+
+_READY: Final = {"200": "Ready.", "503": "Not ready; the body says what and why."}
+_ABOUT: Final = (
+    "Market data history and live stream. Times are microseconds since 1970 UTC, ranges are [start, end). "
+    "Every history answer carries a `live` cursor: subscribing on the WebSocket `/api/v1/stream` with `from` that cursor continues "
+    "after the last row, nothing missed or repeated."
+)
+
+
+def _get(name: str, summary: str, parameters: list[dict[str, Any]], responses: dict[str, Any]) -> dict[str, Any]:
+    return {"get": {"operationId": name, "summary": summary, "parameters": parameters, "responses": responses}}
+
+
+def _response(text: str, content: dict[str, Any], headers: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"description": text, "content": content} | ({"headers": headers} if headers else {})
+
+
+def _query(name: str, text: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": text, "required": False, "schema": schema}
+
+
+def _series() -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "path", "description": text, "required": True, "schema": {"type": "string"}}
+        for name, text in (("exchange", "As in binance."), ("symbol", "Canonical, as in BTC-USDT."))
+    ]
+
+
+def _range() -> list[dict[str, Any]]:
+    limits = ApiLimits()
+    limit = {"type": "integer", "minimum": 1, "maximum": limits.max_limit_bulk, "default": limits.default_limit}
+    return [
+        _query("start", f"First time, inclusive: {_TIME}. Without it the newest rows of the range are given.", {"type": "string"}),
+        _query("end", "Last time, exclusive, written alike. Without it the range runs to the present.", {"type": "string"}),
+        _query("limit", f"Rows of a page: up to {limits.max_limit_json} as JSON, {limits.max_limit_bulk} as Arrow or CSV.", limit),
+        _query("cursor", "`next` of the page before; it holds the range.", {"type": "string"}),
+        _query("format", "Wins over the Accept header.", {"type": "string", "enum": list(MEDIA_TYPES)}),
+    ]
+
+
+def _page(schema: Any, problem: Any) -> dict[str, Any]:
+    content = {
+        MEDIA_TYPES["json"]: {"schema": schema},
+        MEDIA_TYPES["arrow"]: {"schema": {"type": "string", "contentMediaType": MEDIA_TYPES["arrow"]}},
+        "text/csv": {"schema": {"type": "string"}},
+    }
+    headers = {
+        "X-Live-Cursor": {"description": "Continues the page on the stream.", "schema": {"type": "string"}},
+        "X-Next-Cursor": {"description": "The next page.", "schema": {"type": "string"}},
+        "Link": {"description": 'The next page as a URL, rel="next".', "schema": {"type": "string"}},
+    }
+    return {"200": _response("A page, oldest row first.", content, headers)} | _errors(problem, tuple(CODES))
+
+
+def _errors(problem: Any, codes: tuple[str, ...]) -> dict[str, Any]:
+    by_status: dict[int, list[str]] = {}
+    for code in codes:
+        by_status.setdefault(CODES[code][0], []).append(code)
+    return {
+        str(status): _response(f"code: {', '.join(names)}", {PROBLEM_TYPE: {"schema": problem}})
+        for status, names in sorted(by_status.items())
+    }

@@ -1,0 +1,1 @@
+"""Routes: one module a resource. A request in, one ``Answer`` or a stream out."""
