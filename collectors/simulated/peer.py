@@ -31,6 +31,9 @@ PING: Final = 0x89
 MAX_INCOMING_BYTES: Final = 65_536
 """Largest control message; 1,024 stream names of 25 bytes fit twice."""
 
+CLOSE_TIMEOUT_US: Final = 10_000_000
+"""How long a closed connection may take to read what was sent to it."""
+
 
 class Host(Protocol):
     """What a peer needs of its server."""
@@ -79,6 +82,7 @@ class Peer(asyncio.Protocol):
         self._ping_us = 0
         self._ping_text = b""
         self._pong_us = 0
+        self._closed_us = 0
         self.opened_us = 0
         self.kind: MarketKind = "spot"
         self.combined = False
@@ -192,11 +196,15 @@ class Peer(asyncio.Protocol):
         self._socket.send_close(code, reason)
         self._flush()
         self.ending = True
+        self._closed_us = self._host.monotonic_us()
         self._transport.close()
 
     def keep(self, now_us: int) -> None:
         """Housekeeping, about once a second: pings, missing pongs, the 24 hour mark."""
         config = self._host.config
+        if self._closed_us and now_us - self._closed_us >= CLOSE_TIMEOUT_US:
+            # A client that does not even read its close frame would keep the buffer for ever.
+            self.abort()
         if not self.streaming or self.half_open:
             return
         if now_us - self.opened_us >= config.max_connection_s * 1e6:

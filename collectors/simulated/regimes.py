@@ -59,7 +59,7 @@ class MarketConfig:
 
     Attributes:
         kind: ``spot`` or ``usdm``.
-        symbols: how many are listed, 1..5,000.
+        symbols: how many are listed, 1..10,000.
         rate: trades a second over all symbols in the long run (bursts go beyond), 0..2e6.
         seed: same seed, same market.
         step_ms: resolution of generation, a divisor of a minute; a trade reaches the wire at most this late. 40 ms cost 2.5 % of a core at

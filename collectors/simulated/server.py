@@ -57,6 +57,7 @@ class SimulatedExchange:
         self.port = config.port
         self.skipped_ms = 0
         self.finished = asyncio.Event()
+        self._emptied = asyncio.Event()
         self.failure: Exception | None = None
         self._clock = clock
         self._anchor_ms = start_ms
@@ -194,6 +195,8 @@ class SimulatedExchange:
     def lost(self, peer: Peer) -> None:
         """A socket is gone."""
         self._peers.pop(peer, None)
+        if not self._peers:
+            self._emptied.set()
 
     def codes(self, kind: MarketKind) -> dict[str, int]:
         """Symbol code by lower-case symbol."""
@@ -251,13 +254,19 @@ class SimulatedExchange:
             "faults": [fault.describe() for fault in self.exchange.faults],
         }
 
-    def shut_down(self) -> None:
-        """Close every connection."""
+    async def shut_down(self) -> None:
+        """Close every connection with 1001; those that do not take it within a second are dropped."""
         for peer in list(self._peers):
             if peer.streaming and not peer.half_open:
                 peer.close(1001, "going away")
             else:
                 peer.abort()
+        if self._peers:
+            self._emptied.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._emptied.wait(), 1.0)
+        for peer in list(self._peers):
+            peer.abort()
 
 
 @contextlib.asynccontextmanager
@@ -294,11 +303,9 @@ async def serve(config: ServerConfig, clock: Clock, *, extra_port: int | None = 
             yield exchange
         finally:
             running.cancel()
+            await exchange.shut_down()
             with contextlib.suppress(asyncio.CancelledError):
                 await running
-            exchange.shut_down()
-            # Let transports flush their close frames before the listening sockets go.
-            await asyncio.sleep(0)
 
 
 async def _stop(server: asyncio.Server) -> None:

@@ -18,8 +18,8 @@ from collectors.simulated.errors import SimulationConfigError
 MarketKind = Literal["spot", "usdm"]
 """``spot`` speaks ``/api/v3``; ``usdm`` speaks ``/fapi/v1``."""
 
-MAX_SYMBOLS: Final = 5_000
-"""Symbol codes are kept as int16 in the history; Binance itself lists about 3,500."""
+MAX_SYMBOLS: Final = 10_000
+"""Symbol codes are kept as int16 in the history; Binance itself lists about 3,500 spot pairs."""
 
 WELL_KNOWN: Final[tuple[tuple[str, float], ...]] = (
     ("BTC", 60000.0), ("ETH", 2600.0), ("SOL", 150.0), ("BNB", 520.0), ("XRP", 0.58), ("DOGE", 0.105), ("PEPE", 0.0000085),
@@ -77,7 +77,7 @@ def build_universe(*, kind: MarketKind, symbols: int, seed: int) -> Universe:
     """The listing of ``symbols`` pairs for ``seed``; a longer listing begins with the shorter one.
 
     Raises:
-        SimulationConfigError: ``symbols`` is not within 1..5,000.
+        SimulationConfigError: ``symbols`` is not within 1..10,000.
     """
     if not 1 <= symbols <= MAX_SYMBOLS:
         raise SimulationConfigError(f"symbols={symbols}: the simulated exchange lists 1 to {MAX_SYMBOLS} symbols")

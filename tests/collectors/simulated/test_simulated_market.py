@@ -162,7 +162,7 @@ def test_perpetual_follows_spot_prices() -> None:
     ("changes", "named"),
     [
         ({"symbols": 0}, "symbols=0"),
-        ({"symbols": 5_001}, "symbols=5001"),
+        ({"symbols": 10_001}, "symbols=10001"),
         ({"rate": -1.0}, "rate=-1.0"),
         ({"step_ms": 7}, "step_ms=7"),
         ({"excitation": 1.0}, "excitation=1.0"),
