@@ -6,6 +6,7 @@ interpreter while it works. A connection that was given settings serves only req
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib
 import json
@@ -31,7 +32,7 @@ _STREAMED = frozenset(
 )
 _CODE = re.compile(r"Code: (\d+)")
 _VOLATILE = frozenset({"insert_deduplication_token", "log_comment", "query_id"})
-SYNTAX_ERROR, READONLY, TOO_MANY_QUERIES, NOT_ALLOWED = 62, 164, 202, 497
+SYNTAX_ERROR, INCORRECT_DATA, READONLY, TOO_MANY_QUERIES, NOT_ALLOWED = 62, 117, 164, 202, 497
 
 
 class EngineError(Exception):
@@ -148,13 +149,10 @@ class Engine:
             EngineError: the statement or its data was refused.
         """
         connection, reusable = self._take(request)
-        handle = None
         try:
             handle = connection.send_insert(request.sql, request.format)
-            for chunk in chunks:
-                connection.insert_append(handle, chunk)
-            done, handle = handle, None
-            result = connection.insert_done(done)
+            _append_all(connection, handle, chunks)
+            result = connection.insert_done(handle)
             summary.written_rows, summary.written_bytes = result.rows_written(), result.bytes_written()
             summary.elapsed_s = result.elapsed()
         except RuntimeError as exc:
@@ -162,8 +160,6 @@ class Engine:
             raise as_engine_error(exc) from exc
         except BaseException:
             reusable = False
-            if handle is not None:
-                connection.insert_cancel(handle)
             raise
         finally:
             self._give(request, connection, reusable)
@@ -235,6 +231,29 @@ def as_engine_error(exc: BaseException) -> EngineError:
     text = str(exc)
     found = _CODE.search(text)
     return EngineError(int(found.group(1)) if found else 1002, text if found else f"Code: 1002. DB::Exception: {text} (UNKNOWN_EXCEPTION)")
+
+
+def _append_all(connection: Any, handle: Any, chunks: Iterable[bytes]) -> None:
+    """Feeds an insert; when the feed breaks off, nothing more of it is stored.
+
+    A pipeline that saw the end of its rows before the end of the data must be finished, never cancelled: cancelling it aborts the process
+    (chdb 26.9). An append tells the two apart.
+    """
+    try:
+        for chunk in chunks:
+            connection.insert_append(handle, chunk)
+    except RuntimeError:
+        connection.insert_done(handle)  # raises what was wrong with the data, when that is what stopped the pipeline
+        raise EngineError(INCORRECT_DATA, "Code: 117. DB::Exception: Data goes on after the end of the rows. (INCORRECT_DATA)") from None
+    except BaseException:
+        try:
+            connection.insert_append(handle, b"")
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):
+                connection.insert_done(handle)
+        else:
+            connection.insert_cancel(handle)
+        raise
 
 
 def _count_read(summary: Summary, result: Any) -> None:

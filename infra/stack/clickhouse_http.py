@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hmac
 import logging
+import secrets
 import socket
 import socketserver
 import threading
@@ -278,23 +279,22 @@ class Handler(BaseHTTPRequestHandler):
         return http_body.choose_encoding(self.headers.get("Accept-Encoding", "")) if asked in ("1", "true") else ""
 
     def _send_chunked(self, request: ch.Request, summary: ch.Summary, chunks: Iterator[bytes], encoding: str) -> None:
+        tag = secrets.token_hex(8)
+        failed: list[bool] = []
         self._start(200, request, summary)
+        self.send_header("X-ClickHouse-Exception-Tag", tag)
         if encoding:
             self.send_header("Content-Encoding", encoding)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        try:
-            for part in http_body.compressed(encoding, chunks):
-                self.wfile.write(b"%x\r\n" % len(part))
-                self.wfile.write(part)
-                self.wfile.write(b"\r\n")
-        except ch.EngineError as exc:
-            # Too late for a status: as ClickHouse does, the text goes into the body and the transfer is left unfinished.
-            text = exc.text.encode()
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(text), text))
-            self.close_connection = True
-            return
-        self.wfile.write(b"0\r\n\r\n")
+        for part in http_body.compressed(encoding, _with_late_error(chunks, tag, failed)):
+            self.wfile.write(b"%x\r\n" % len(part))
+            self.wfile.write(part)
+            self.wfile.write(b"\r\n")
+        if failed:
+            self.close_connection = True  # and no end marker: a reader that knows no tags must not take the rows for all there are
+        else:
+            self.wfile.write(b"0\r\n\r\n")
 
     def _start(self, status: int, request: ch.Request, summary: ch.Summary) -> None:
         self._begun = True
@@ -330,6 +330,16 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def _with_late_error(chunks: Iterator[bytes], tag: str, failed: list[bool]) -> Iterator[bytes]:
+    """The chunks; an error between them, when it is too late for a status, as ClickHouse's tagged block at the end of the body."""
+    try:
+        yield from chunks
+    except ch.EngineError as exc:
+        failed.append(True)
+        text = exc.text.encode()
+        yield b"__exception__\r\n%b\r\n%b\n%d %b\r\n__exception__\r\n" % (tag.encode(), text, len(text) + 1, tag.encode())
 
 
 def _statement_head(query: bytes, chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
