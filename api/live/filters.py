@@ -16,6 +16,8 @@ MAX_INTERVALS: Final = 2_048
 """Gaps in trade ids a series remembers: 2,048 pairs are 130 kB; ids of most venues have none."""
 MAX_BARS: Final = 1_024
 """Final bars whose revision a series remembers: 17 minutes of 1 s bars, well over the window in which bars are revised."""
+MAX_LATE: Final = 4_096
+"""Rows below the floor that a series admitted itself; the store learns of them within a second, long before they are pushed out."""
 
 
 class Verdict(Enum):
@@ -37,12 +39,15 @@ class TradeFilter:
         self.floor = floor
         self._starts: list[int] = []
         self._ends: list[int] = []
+        self._late: dict[int, None] = {}
         self._learnt: dict[int, bool] = {}
 
     def judge(self, trade_id: int) -> Verdict:
         """The verdict on an id; changes nothing."""
         if self._ends and trade_id > self._ends[-1]:
             return Verdict.FRESH
+        if trade_id in self._late:
+            return Verdict.DUPLICATE
         if trade_id in self._learnt:
             return Verdict.DUPLICATE if self._learnt[trade_id] else Verdict.FRESH
         if self.floor is not None and trade_id <= self.floor:
@@ -52,12 +57,14 @@ class TradeFilter:
         return Verdict.DUPLICATE if seen else Verdict.FRESH
 
     def admit(self, trade_id: int) -> bool:
-        """Note an id as seen; whether it was fresh. An UNKNOWN id must have been :meth:`learnt` before, otherwise it counts as seen."""
+        """Note an id as seen; whether it was fresh. UNKNOWN counts as seen unless it was learnt."""
         verdict = self.judge(trade_id)
         if verdict is not Verdict.FRESH:
             return False
         if self.floor is not None and trade_id <= self.floor:
-            self._learnt[trade_id] = True
+            self._late[trade_id] = None
+            if len(self._late) > MAX_LATE:
+                del self._late[next(iter(self._late))]
             return True
         self._insert(trade_id)
         return True
@@ -108,6 +115,7 @@ class BarFilter:
         self.floor = floor_us
         self.newest_us: int | None = None
         self._revisions: dict[int, int] = {}
+        self._late: dict[int, int] = {}
         self._learnt: dict[int, int] = {}
         self._open_us = -(2**63)
         self._open_input = -1
@@ -115,10 +123,12 @@ class BarFilter:
     def judge(self, open_time_us: int, revision: int) -> Verdict:
         """The verdict on a final row; changes nothing."""
         known = self._revisions.get(open_time_us)
-        if known is None:
-            known = self._learnt.get(open_time_us)
+        if known is None and open_time_us in self._learnt:
+            known = max(self._learnt[open_time_us], self._late.get(open_time_us, -1))
         if known is not None:
             return Verdict.FRESH if revision > known else Verdict.DUPLICATE
+        if revision <= self._late.get(open_time_us, -1):
+            return Verdict.DUPLICATE
         if self.floor is not None and open_time_us <= self.floor:
             return Verdict.UNKNOWN
         return Verdict.FRESH
@@ -128,7 +138,9 @@ class BarFilter:
         if self.judge(open_time_us, revision) is not Verdict.FRESH:
             return False
         if self.floor is not None and open_time_us <= self.floor:
-            self._learnt[open_time_us] = revision
+            self._late[open_time_us] = revision
+            if len(self._late) > MAX_LATE:
+                del self._late[next(iter(self._late))]
             return True
         self._note(open_time_us, revision)
         return True

@@ -167,8 +167,6 @@ class Hub:
         behind = tail.ring_start - seed.offset
         if behind > self._limits.max_resume_records:
             raise StoreUnavailableError("clickhouse", f"ClickHouse is {behind:,} records behind topic '{tail.topic}': look at the sink.")
-        # Where the store is ahead of the tail, the rows between are recognised by their keys.
-        seed = seed._replace(offset=min(seed.offset, tail.next_offset))
         series.deliver_from = Position(seed.offset)
         series.seed(seed)
         series.idle_since_us = self._clock.monotonic_us()
@@ -244,7 +242,7 @@ class Hub:
             stuck = tail.feed(record, wanted)
             if stuck:
                 keys = stuck[0][1]
-                series.learn(keys, await self._knowledge.known(series.key, keys, record.offset))
+                series.learn(record.offset, keys, await self._knowledge.known(series.key, keys, record.offset))
                 tail.feed(record, wanted)
             series.advance(record.offset + 1)
 

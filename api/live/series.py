@@ -109,6 +109,7 @@ class Series:
         self.log_start = START
         self._bars = BarFilter()
         self._trades = TradeFilter()
+        self._learnt_offset = -1
         self._recent: dict[int, str] = {}
         self._open: tuple[int, str] | None = None
 
@@ -128,16 +129,21 @@ class Series:
         self.position = Position(seed.offset)
         self.log_start = max(self.position, self.deliver_from)
 
-    def unknown(self, rows: Iterable[tuple[int, Sequence[Any]]]) -> list[int]:
-        """Keys of final rows that only ClickHouse can judge."""
+    def unknown(self, offset: int, rows: Iterable[tuple[int, Sequence[Any]]]) -> list[int]:
+        """Keys of final rows of the record at ``offset`` that only ClickHouse can judge; none after it was asked about this record."""
+        if offset == self._learnt_offset:
+            return []
+        self.learn(offset, (), {})
+        self._learnt_offset = -1
         if self.key.timeframe_s:
             judge = self._bars.judge
             return [row[0] for _, row in rows if row[14] and judge(row[0], row[13]) is Verdict.UNKNOWN]
         judge_trade = self._trades.judge
         return [row[0] for _, row in rows if judge_trade(row[0]) is Verdict.UNKNOWN]
 
-    def learn(self, asked: Sequence[int], seen: dict[int, int]) -> None:
-        """What ClickHouse said about those keys: stored ones with their newest revision."""
+    def learn(self, offset: int, asked: Sequence[int], seen: dict[int, int]) -> None:
+        """What ClickHouse said about those keys of the record at ``offset``: stored ones with their newest revision."""
+        self._learnt_offset = offset
         if self.key.timeframe_s:
             self._bars.learn(asked, seen)
         else:

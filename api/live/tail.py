@@ -106,7 +106,7 @@ class Tail:
             return []
         stuck: list[tuple[Series, list[int]]] = []
         for series, rows in rows_of(frame, self.topic, wanted):
-            if record.offset >= series.position.offset and (keys := series.unknown(rows)):
+            if record.offset >= series.position.offset and (keys := series.unknown(record.offset, rows)):
                 stuck.append((series, keys))
                 if live:
                     series.advance(record.offset)
