@@ -18,6 +18,7 @@ from collectors.replay.rows import Rejected
 from infra.clickhouse.client import connect, unreachable
 from infra.errors import InputFileError, MarketstreamError, SettingsError
 from infra.kafka import FrameProducer, end_offsets
+from infra.kafka import unreachable as kafka_unreachable
 from infra.progress import NotStoredError, wait_stored, worker_offsets
 from infra.registry_client import RegistryClient
 from infra.seam import SystemClock
@@ -38,6 +39,7 @@ _STALL_S: Final = 120.0
 
 
 _END_TIMEOUT_S: Final = 5.0
+_KNOCK_S: Final = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +163,7 @@ class _Run:
     async def run(self, replay: Replay) -> ReplaySummary:
         """Publish, wait, count."""
         self._replay = replay
-        # asked first, because a producer never gives up on a broker that is away
+        await _knock(self._settings)
         before = (await asyncio.to_thread(end_offsets, self._settings.kafka, ["trades"]))["trades"]
         partition = partition_of(replay.instrument.key, self._settings.kafka.partitions)
         self._started_us = self.clock.monotonic_us()
@@ -174,6 +176,7 @@ class _Run:
                 await self._producer.flush(_END_TIMEOUT_S)
                 raise
             offsets = await self._producer.flush()
+            del self._producer  # closes it: an idle one would go on talking to the broker
         published_us = self.clock.monotonic_us()
         stats = replay.stats
         if stats.rows != stats.published + stats.duplicates + stats.rejected:
@@ -255,6 +258,26 @@ class _Run:
                 missing=missing or {},
             )
         )
+
+
+async def _knock(settings: Settings) -> None:
+    """Raises UnreachableError at once when nothing listens at any bootstrap address.
+
+    Asked first: a producer never gives up on a broker that is away, and a consumer fills the terminal for ten seconds before it does.
+    """
+    refused: OSError = OSError("no address is given")
+    for address in settings.kafka.bootstrap.split(","):
+        host, _, port = address.strip().rpartition(":")
+        try:
+            async with asyncio.timeout(_KNOCK_S):
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            writer.close()
+            return
+        except ValueError as exc:
+            raise SettingsError(f"MARKETSTREAM_KAFKA_BOOTSTRAP holds '{address}', which is not host:port.") from exc
+        except OSError as exc:  # TimeoutError is one
+            refused = exc
+    raise kafka_unreachable(settings.kafka, OSError(refused.strerror or "no answer"))
 
 
 def _count_bars(settings: Settings, instrument: Instrument, since_offset: int) -> int:
