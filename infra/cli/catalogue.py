@@ -54,7 +54,7 @@ def _measured(settings: Settings) -> list[tuple[Topic, dict[str, Any]]]:
     sizes = _sizes(settings)
     consumer = Consumer(consumer_config(settings.kafka, "topics"))
     try:
-        known = consumer.list_topics(timeout=10).topics
+        known = consumer.list_topics(timeout=3).topics
         found = []
         for entry in TOPICS.values():
             full = entry.full_name(settings.kafka.topic_prefix)

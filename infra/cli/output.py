@@ -9,7 +9,7 @@ import errno
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from infra.errors import DiskFullError, MarketstreamError, SettingsError, UnreachableError
@@ -26,8 +26,8 @@ class Output:
     """Where and how a command answers. ``as_json`` follows ``--json``."""
 
     as_json: bool
-    out: TextIO = sys.stdout
-    err: TextIO = sys.stderr
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    err: TextIO = field(default_factory=lambda: sys.stderr)
 
     @property
     def is_terminal(self) -> bool:

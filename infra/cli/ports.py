@@ -60,7 +60,7 @@ def listening(ports: Iterable[int]) -> dict[int, Path | None]:
     except psutil.Error:
         return found
     for link in links:
-        if link.status == psutil.CONN_LISTEN and link.laddr.port in found and link.pid:
+        if link.status == psutil.CONN_LISTEN and link.laddr and link.laddr.port in found and link.pid:
             folder = _data_dir_of(link.pid)
             if folder is not None:
                 found[link.laddr.port] = folder

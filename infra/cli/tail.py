@@ -24,7 +24,7 @@ from schemas.seam import Clock
 from schemas.timeframes import parse_duration_us
 from schemas.topics import Topic, topic
 
-_TIMEOUT_S: Final = 10.0
+_TIMEOUT_S: Final = 3.0
 _CELL_WIDTH: Final = 60
 """Characters of a text cell a person gets to see; --json gives all of it."""
 
