@@ -27,6 +27,8 @@ STATE_FILLED: Final = 2
 STATE_UNFILLABLE: Final = 3
 RESET_AFTER_US: Final = 60_000_000
 """A smaller id on a trade this much newer than the newest is no duplicate: the venue started its ids anew (test networks do)."""
+RESET_AFTER_BREAK_US: Final = 1_000_000
+"""The same for the first trade after the connection broke: a fresh subscription never repeats old trades."""
 MAX_OPEN_GAPS: Final = 64
 """Intervals a symbol may have open at once; the oldest is given up (reported unfillable) when there are more."""
 
@@ -103,6 +105,16 @@ class Sequencer:
         """Newest id of a symbol, -1 for none."""
         return int(self._last_id[code])
 
+    def open_until(self, code: int, newest_id: int, time_us: int) -> Gap | None:
+        """The venue's newest trade is ``newest_id``: open a gap from our newest to there. None when we have it, or have none yet."""
+        last = int(self._last_id[code])
+        if last < 0 or newest_id <= last:
+            return None
+        self._broken[code] = True
+        gap = self._open(code, last + 1, newest_id, max(time_us, int(self._last_us[code])))
+        self._last_id[code] = newest_id
+        return gap
+
     def open_gaps(self) -> Iterator[Gap]:
         """Every gap that is open."""
         for gaps in self._gaps.values():
@@ -158,7 +170,7 @@ class Sequencer:
         for row, (code, trade_id, time_us) in enumerate(zip(codes.tolist(), ids.tolist(), times_us.tolist(), strict=True)):
             last = int(self._last_id[code])
             if last >= 0 and trade_id <= last:
-                if time_us <= self._last_us[code] + RESET_AFTER_US:
+                if time_us <= self._last_us[code] + (RESET_AFTER_BREAK_US if self._broken[code] else RESET_AFTER_US):
                     if not self._fill(code, trade_id):
                         keep[row] = False
                         self.duplicates += 1

@@ -38,6 +38,11 @@ class Watermark:
         self.allowance_us = self._config.hold_limit_us
         """Silence up to this long is plausible for the feed; beyond it time alone no longer moves the watermark (until the hold limit)."""
 
+    @property
+    def lateness_us(self) -> int:
+        """How much later than its peers a row may arrive."""
+        return self._config.lateness_us
+
     def limit_us(self, mono_us: int) -> int | None:
         """The latest exchange time that is believed now; None before the first observation."""
         if self._anchor is None:

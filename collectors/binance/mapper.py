@@ -127,7 +127,8 @@ class BinanceMapper:
             good |= ~market  # an off-market fill may well have price 0: it is ignored, not rejected
         if not good.all():
             parsed.rejected = [
-                Rejected(int(index[row]), *_fault(envelopes[row].stream, int(codes[row]), trades[row])) for row in np.flatnonzero(~good)
+                Rejected(int(index[row]), *_fault(envelopes[row].stream, int(codes[row]), trades[row]))
+                for row in np.flatnonzero(~good).tolist()
             ]
         keep = good if market is None else good & market
         if not keep.all():

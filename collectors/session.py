@@ -1,0 +1,449 @@
+"""One connection shard's life: connect, subscribe, deliver, notice silence, renew, reconnect; and the pump that empties it.
+
+Comes in: the streams that are wanted. Goes out: frames to a sink. The venue's own manners come from a :class:`Feed`; decisions are made
+by the pure parts (back-off, breaker, stale detector, watermark, sequencer), this shell only carries them out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from collectors.backoff import Backoff
+from collectors.breaker import Breaker
+from collectors.connection import Connection, ConnectionConfig, is_retryable, open_connection
+from collectors.errors import BreakerOpenError, SubscribeError, WireError
+from collectors.pipeline import Pipeline
+from collectors.rate_limit import RateLimit, RateLimitConfig
+from collectors.wire import FrameSink, Reply
+from schemas.seam import Clock
+
+logger = logging.getLogger(__name__)
+
+HOLD_DOWN: Final = "connection down"
+HOLD_RENEWAL: Final = "renewal"
+HOLD_BACKPRESSURE: Final = "backpressure"
+HOLD_RECOVERY: Final = "recovery"
+CHECK_S: Final = 0.25
+"""Between two looks at silence and age; an active feed is found dead within its 2 s floor plus this."""
+BEHIND_US: Final = 10_000
+"""A sink that needs longer than this for a round's frames is behind: frames grow."""
+
+
+class Feed(Protocol):
+    """A venue's manners on one connection."""
+
+    url: str
+    """Where to connect."""
+    max_age_s: float
+    """A connection older than this is replaced."""
+    messages_per_s: float
+    """Requests the venue takes a second on one connection, pings included."""
+
+    def requests(self, streams: Sequence[str], *, subscribe: bool) -> list[tuple[list[str], int, str]]:
+        """Requests that (un)subscribe ``streams``: (streams, request id, text) each; ids are never used twice."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionConfig:
+    """Times of one shard."""
+
+    ack_timeout_s: float = 10.0
+    """A subscription the venue does not acknowledge in this time ends the connection."""
+    overlap_s: float = 2.0
+    """At a renewal the old connection stays this long beside the new one; twice the worst delivery delay worth waiting for."""
+    renewal_retry_s: float = 60.0
+    """After a failed renewal the old connection is kept and the next attempt waits this long."""
+    connection: ConnectionConfig = field(default_factory=ConnectionConfig)
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """One open connection and what it is subscribed to."""
+
+    connection: Connection
+    max_age_s: float
+    budget: RateLimit
+    subscribed: set[str] = field(default_factory=set)
+    again: set[str] = field(default_factory=set)
+    """Streams to subscribe once more: they went silent."""
+    renew_after_us: int = 0
+
+
+class Shard:
+    """One logical feed over a succession of connections.
+
+    Args:
+        feed: the venue's manners.
+        pipeline: staging, parsing, batching.
+        sink: takes frames; may make us wait.
+        clock, backoff, breaker, config: as named.
+        on_connected: awaited in a task after every (re)connect that left a hole; until it returns the watermark is held.
+    """
+
+    def __init__(
+        self,
+        *,
+        feed: Feed,
+        pipeline: Pipeline,
+        sink: FrameSink,
+        clock: Clock,
+        backoff: Backoff,
+        breaker: Breaker,
+        config: SessionConfig | None = None,
+        on_connected: Callable[[Shard], Awaitable[None]] | None = None,
+    ) -> None:
+        self.name = pipeline.batcher.source
+        self.pipeline = pipeline
+        self.breaker = breaker
+        self.trouble = "The feed is not connected yet."
+        """Why the shard is not live; empty when it is."""
+        self._feed, self._sink, self._clock, self._backoff = feed, sink, clock, backoff
+        self._config = config or SessionConfig()
+        self._on_connected = on_connected
+        self._wanted: set[str] = set()
+        self._changed = asyncio.Event()
+        self._links: list[Link] = []
+        self._acks: dict[int | str, asyncio.Future[Reply]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._paused = False
+        self._rounds_since_resume = 0
+        self._round_us = clock.monotonic_us()
+        self._stopping = False
+        self._pump_task: asyncio.Task[None] | None = None
+
+    # What others ask.
+
+    @property
+    def streams(self) -> frozenset[str]:
+        """Streams that are wanted."""
+        return frozenset(self._wanted)
+
+    @property
+    def is_live(self) -> bool:
+        """Connected, and everything wanted is subscribed."""
+        return any(self._wanted <= link.subscribed for link in self._links)
+
+    def want(self, streams: set[str]) -> None:
+        """Collect exactly these streams from now on."""
+        if streams != self._wanted:
+            self._wanted = set(streams)
+            self._changed.set()
+
+    def reply(self, reply: Reply) -> None:
+        """The venue answered one of our requests."""
+        waiter = self._acks.pop(reply.request_id, None) if reply.request_id is not None else None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(reply)
+        elif reply.error:
+            self.pipeline.stats.error("request_refused")
+            logger.warning("%s: the venue refuses a request: %s", self.name, reply.error)
+
+    async def run(self) -> None:
+        """Work until :meth:`stop`. Raises what no retry can help (a blocked region, a wrong address)."""
+        self._pump_task = asyncio.create_task(self._pump(), name=f"pump {self.name}")
+        keeper = asyncio.create_task(self._keep(), name=f"keep {self.name}")
+        try:
+            await asyncio.wait({self._pump_task, keeper}, return_when=asyncio.FIRST_COMPLETED)
+            if self._stopping:  # the keeper ends at once, the pump when everything received is sent
+                await asyncio.wait({self._pump_task})
+            for task in (self._pump_task, keeper):
+                if task.done() and not task.cancelled():
+                    task.result()
+        finally:
+            for task in (keeper, *self._tasks):
+                task.cancel()
+            await asyncio.gather(keeper, *self._tasks, return_exceptions=True)
+            for link in self._links:
+                link.connection.cut()
+            self._pump_task.cancel()
+            await asyncio.gather(self._pump_task, return_exceptions=True)
+
+    async def stop(self) -> None:
+        """Stop reading and send everything that was received. The sink's own flush is the caller's."""
+        self._stopping = True
+        if self._pump_task is None:
+            return
+        for link in list(self._links):
+            await self._close(link)
+        self._round_us = self._clock.monotonic_us()
+        await asyncio.wait([self._pump_task])
+
+    # Connecting.
+
+    async def _keep(self) -> None:
+        while not self._stopping:
+            if not self._wanted:
+                self.trouble = "No symbol is collected on this feed."
+                await self._wait_for_change()
+                continue
+            try:
+                self.breaker.check(self._clock.monotonic_us())
+                link = await self._open()
+            except BreakerOpenError as exc:
+                await self._clock.sleep(min(exc.retry_after_s, 5.0))
+                continue
+            except asyncio.CancelledError:
+                self.breaker.abandoned()
+                raise
+            except Exception as exc:
+                now = self._clock.monotonic_us()
+                self.breaker.failed(now)
+                self.trouble = str(exc)
+                self.pipeline.stats.error("connect_failed")
+                if not is_retryable(exc):
+                    raise
+                wait_s = self._backoff.failed(now)
+                logger.warning("%s: %s Trying again in %.1f s.", self.name, exc, wait_s)
+                await self._clock.sleep(wait_s)
+                continue
+            await self._live(link)
+
+    async def _live(self, link: Link) -> None:
+        """A fresh link after none: announce it, watch it and its successors until the feed is down again."""
+        now = self._clock.monotonic_us()
+        pipeline = self.pipeline
+        self.breaker.succeeded(now)
+        self._backoff.connected(now)
+        self.trouble = ""
+        pipeline.stale.connected(now)
+        pipeline.sequencer.connection_broke()
+        logger.info("%s: connected to %s with %d streams.", self.name, self._feed.url, len(link.subscribed))
+        if self._on_connected is not None:
+            pipeline.watermark.hold(HOLD_RECOVERY, now)
+            self._spawn(self._recover())
+        pipeline.watermark.release(HOLD_DOWN)
+        reason = await self._watch(link)
+        if self._stopping:
+            return
+        now = self._clock.monotonic_us()
+        pipeline.watermark.hold(HOLD_DOWN, now)
+        pipeline.stats.reconnections += 1
+        self.trouble = f"The connection was lost: {reason}."
+        wait_s = self._backoff.failed(now)
+        logger.warning("%s: %s Reconnecting in %.2f s.", self.name, self.trouble, wait_s)
+        await self._clock.sleep(wait_s)
+
+    async def _recover(self) -> None:
+        assert self._on_connected is not None
+        try:
+            await self._on_connected(self)
+        finally:
+            self.pipeline.watermark.release(HOLD_RECOVERY)
+
+    async def _open(self) -> Link:
+        """A connection with everything wanted subscribed. Raises WireError and what :func:`open_connection` raises."""
+        connection = await open_connection(
+            self._feed.url,
+            clock=self._clock,
+            on_messages=self._received,
+            on_oversized=self._oversized,
+            config=self._config.connection,
+        )
+        # half an hour of stagger: shards that started together do not renew together
+        max_age_s = self._feed.max_age_s * (1.0 - 0.02 * self._clock.random.random())
+        limit = RateLimitConfig(weight_per_minute=60 * self._feed.messages_per_s, burst=1.0, share=0.6)
+        link = Link(connection, max_age_s, RateLimit(limit))
+        self._links.append(link)
+        if self._paused:
+            connection.pause()
+        try:
+            await self._subscribe(link)
+        except BaseException:
+            self._drop(link)
+            raise
+        self._spawn(self._follow(link))
+        return link
+
+    async def _subscribe(self, link: Link) -> None:
+        """Bring the link's subscriptions to what is wanted. Raises WireError."""
+        while True:
+            again = link.again & self._wanted
+            link.again.clear()
+            add, drop = sorted((self._wanted - link.subscribed) | again), sorted(link.subscribed - self._wanted)
+            if not add and not drop:
+                return
+            for streams, request_id, text in self._feed.requests(drop, subscribe=False):
+                await self._request(link, request_id, text)
+                link.subscribed.difference_update(streams)
+            for streams, request_id, text in self._feed.requests(add, subscribe=True):
+                await self._request(link, request_id, text)
+                link.subscribed.update(streams)
+
+    async def _request(self, link: Link, request_id: int, text: str) -> None:
+        while (wait_s := link.budget.wait_s(1.0, self._clock.monotonic_us())) > 0:
+            await self._clock.sleep(wait_s)
+        link.budget.take(1.0, self._clock.monotonic_us())
+        waiter: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._acks[request_id] = waiter
+        try:
+            await link.connection.send(text)
+            done, _ = await asyncio.wait(
+                {waiter, link.connection.closed}, timeout=self._config.ack_timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            self._acks.pop(request_id, None)
+        if waiter in done:
+            if waiter.result().error:
+                raise SubscribeError(f"{self.name}: the venue refused a subscription: {waiter.result().error}")
+            return
+        if link.connection.closed.done():
+            raise WireError(f"{self.name}: the connection ended while subscribing: {link.connection.closed.result()}")
+        raise SubscribeError(f"{self.name}: the venue did not acknowledge a subscription within {self._config.ack_timeout_s:.0f} s.")
+
+    async def _follow(self, link: Link) -> None:
+        """Apply changes of what is wanted to a live link; a failure ends the link, and the keeper reconnects."""
+        try:
+            while not link.connection.closed.done():
+                await self._wait_for_change(link.connection.closed)
+                await self._subscribe(link)
+        except WireError as exc:
+            logger.warning("%s", exc)
+            link.connection.cut()
+
+    async def _wait_for_change(self, closed: asyncio.Future[str] | None = None) -> None:
+        """Until something else is wanted, or ``closed``."""
+        changed = self._changed
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(changed.wait())
+        either: set[asyncio.Future[Any]] = {waiting} if closed is None else {waiting, closed}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        if changed.is_set() and self._changed is changed:
+            self._changed = asyncio.Event()
+
+    # Watching.
+
+    async def _watch(self, link: Link) -> str:
+        """Until the feed is down; returns why. Renewals happen inside: ``link`` is then replaced by its successor."""
+        while True:
+            await self._sleep_or_closed(link)
+            if link.connection.closed.done():
+                self._drop(link)
+                return link.connection.closed.result()
+            if self._stopping or not self._wanted:
+                await self._close(link)
+                return "nothing is wanted any more"
+            now = self._clock.monotonic_us()
+            if self.pipeline.stale.feed_is_stale(self._round_us):
+                silence_s = self.pipeline.stale.feed_silence_us(self._round_us) / 1e6
+                self.pipeline.stats.stale_reconnects += 1
+                self.pipeline.stale.silence_was_quiet(now)
+                self._drop(link)
+                return f"nothing arrived for {silence_s:.1f} s, which its rate does not explain"
+            self._look_at_symbols(link)
+            if now - link.connection.opened_us > link.max_age_s * 1e6 and now >= link.renew_after_us:
+                link = await self._renew(link)
+
+    async def _sleep_or_closed(self, link: Link) -> None:
+        nap: asyncio.Future[Any] = asyncio.ensure_future(self._clock.sleep(CHECK_S))
+        either: set[asyncio.Future[Any]] = {nap, link.connection.closed}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            nap.cancel()
+
+    def _look_at_symbols(self, link: Link) -> None:
+        """Subscribe again to streams that are silent beyond their own law."""
+        stale = self.pipeline.stale
+        codes = stale.newly_stale(self._round_us)
+        self.pipeline.stats.stale_symbols = stale.stale_symbols()
+        if codes:
+            streams = {stream for stream in map(self.pipeline.stream_of, codes) if stream in self._wanted}
+            logger.warning("%s: %d streams went silent, subscribing again: %s", self.name, len(streams), ", ".join(sorted(streams)[:10]))
+            link.again |= streams
+            self._changed.set()
+
+    async def _renew(self, old: Link) -> Link:
+        """Replace ``old`` by a new connection without a hole; on failure it is kept and tried again later."""
+        pipeline = self.pipeline
+        try:
+            new = await self._open()
+        except Exception as exc:
+            if not is_retryable(exc):
+                raise
+            pipeline.stats.error("renewal_failed")
+            old.renew_after_us = self._clock.monotonic_us() + int(self._config.renewal_retry_s * 1e6)
+            logger.warning("%s: renewing the connection failed, the old one goes on: %s", self.name, exc)
+            return old
+        # the newer connection may be ahead of the older: until both said the same, the older's rows must not be late
+        pipeline.watermark.hold(HOLD_RENEWAL, self._clock.monotonic_us())
+        await self._clock.sleep(self._config.overlap_s)
+        await self._close(old)
+        await self._clock.sleep(2 * pipeline.batcher.config.linger_max_ms / 1e3)
+        pipeline.watermark.release(HOLD_RENEWAL)
+        pipeline.stats.renewals += 1
+        logger.info("%s: connection renewed.", self.name)
+        return new
+
+    async def _close(self, link: Link) -> None:
+        self._links = [other for other in self._links if other is not link]
+        await link.connection.close()
+
+    def _drop(self, link: Link) -> None:
+        """Forget a link that is dead or believed so."""
+        self._links = [other for other in self._links if other is not link]
+        link.connection.cut()
+
+    # Receiving and sending.
+
+    def _received(self, messages: list[bytes]) -> None:
+        pipeline = self.pipeline
+        pipeline.receive(messages, self._clock.now_us())
+        if pipeline.is_full and not self._paused:
+            self._paused = True
+            pipeline.stats.pauses += 1
+            pipeline.watermark.hold(HOLD_BACKPRESSURE, self._clock.monotonic_us())
+            for link in self._links:
+                link.connection.pause()
+
+    def _oversized(self, head: bytes, size: int) -> None:
+        detail = f"The message has {size:,} bytes or more; the limit is {self._config.connection.max_message_bytes:,}."
+        self.pipeline.reject("message_too_large", detail, head, size=size, time_us=self._clock.now_us(), place=self.name)
+
+    async def _pump(self) -> None:
+        """Every linger: process what came, send what is due."""
+        previous_us = self._clock.monotonic_us()
+        behind = False
+        while True:
+            if not self._stopping:
+                await self._clock.sleep(self.pipeline.batcher.linger_us / 1e6)
+            last = self._stopping and not self._links
+            now = self._clock.monotonic_us()
+            frames = self.pipeline.take(now, previous_us, sink_behind=behind, all_partitions=last)
+            previous_us = self._round_us = now
+            for topic_name, partition, frame in frames:
+                await self._sink.send(topic_name, partition, frame)
+            behind = self._clock.monotonic_us() - now > BEHIND_US
+            self._after_round()
+            if last and not self.pipeline.staged_bytes:
+                return
+            if self._stopping:
+                await self._clock.sleep(0)
+
+    def _after_round(self) -> None:
+        if self._paused and self.pipeline.has_room:
+            self._paused = False
+            self._rounds_since_resume = 0
+            for link in self._links:
+                link.connection.resume()
+        elif not self._paused and self._rounds_since_resume < 3:
+            self._rounds_since_resume += 1
+            if self._rounds_since_resume == 3:  # two whole rounds of reading: the newest time seen is the feed's own again
+                self.pipeline.watermark.release(HOLD_BACKPRESSURE)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self.pipeline.stats.error("internal")
+            logger.error("%s: a task of the feed failed", self.name, exc_info=task.exception())
