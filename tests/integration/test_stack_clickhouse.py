@@ -131,7 +131,7 @@ def test_a_repeated_insert_with_its_token_is_stored_once(client: clickhouse_conn
 def test_errors_are_database_errors_with_clickhouses_code(client: clickhouse_connect.driver.Client, query: str, code: int) -> None:
     """Before the first row and in the middle of a result."""
     with pytest.raises((DatabaseError, StreamFailureError), match=f"(?i)code: {code}"):
-        client.query(query).result_rows
+        assert client.query(query).result_rows
     assert client.command("SELECT 1") == 1
 
 
