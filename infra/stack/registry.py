@@ -269,7 +269,7 @@ class Handler(BaseHTTPRequestHandler):
         return parsed
 
 
-def build(settings: Settings, port: int) -> RegistryServer:
+def build(settings: Settings, port: int, host: str = "127.0.0.1") -> RegistryServer:
     """The listening server with the log read, not yet serving.
 
     Raises:
@@ -280,7 +280,7 @@ def build(settings: Settings, port: int) -> RegistryServer:
     log = SchemaLog(settings.kafka.client_config(), topic, settings.kafka.replication)
     registry = Registry(log, settings.registry.compatibility)
     try:
-        server = RegistryServer(registry, ("127.0.0.1", port))
+        server = RegistryServer(registry, (host, port))
     except OSError as exc:
         if exc.errno == errno.EADDRINUSE:
             raise PortInUseError(f"port {port} is in use; set MARKETSTREAM_PORT_REGISTRY to a free one", port=port) from exc
@@ -298,11 +298,12 @@ def main(argv: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m infra.stack.registry", description=__doc__)
     parser.add_argument("--port", type=int, help="port (default: from the settings)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback; a container listens on 0.0.0.0)")
     options = parser.parse_args(argv)
     try:
         settings = load_settings()
         logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-        server = build(settings, options.port or settings.ports.registry)
+        server = build(settings, options.port or settings.ports.registry, options.host)
     except MarketstreamError as exc:
         print(exc, file=sys.stderr)
         return exc.exit_code
