@@ -20,6 +20,8 @@ from infra.errors import MarketstreamError, SettingsError
 from infra.options import nearest
 
 FOLDER = ROOT / "tests" / "performance"
+PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
+"""Python of the environment with the programs we measure beside us; there after `make bench` has set it up."""
 _PREFIX = "bench_"
 
 
