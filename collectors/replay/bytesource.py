@@ -6,6 +6,7 @@ such a file is nearly always a saved error page.
 
 from __future__ import annotations
 
+import errno
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -128,7 +129,9 @@ class ByteSource:
                         done += len(data)
                         self.position_bytes = self.size_bytes * done // max(member.file_size, 1)
                         yield data
-        except (zipfile.BadZipFile, zlib.error, EOFError) as exc:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as exc:
+            if isinstance(exc, OSError) and exc.errno != errno.EINVAL:  # a damaged directory makes it seek before the start
+                raise
             if self.position_bytes:
                 raise TruncatedError(self.path, f"the zip member is damaged ({exc})") from exc
             raise FormatError(self.path, f"is a broken or incomplete zip archive ({exc}); download it again.") from exc

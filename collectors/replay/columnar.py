@@ -54,11 +54,14 @@ class ColumnarReader:
     def _frames(self) -> Iterator[pl.DataFrame]:
         try:
             for batch in self._parquet_batches() if self._is_parquet else self._arrow_batches():
-                for start in range(0, batch.num_rows, self._batch_rows):
-                    found = pl.from_arrow(batch.slice(start, self._batch_rows))
+                # a damaged file can hold offsets beyond its buffers and text that is no UTF-8: reading those ends the process
+                batch.validate(full=True)
+                table = _plain(batch)
+                for start in range(0, table.num_rows, self._batch_rows):
+                    found = pl.from_arrow(table.slice(start, self._batch_rows))
                     assert isinstance(found, pl.DataFrame)
                     yield found
-        except pa.ArrowException as exc:
+        except (pa.ArrowException, pl.exceptions.PolarsError, UnicodeDecodeError) as exc:
             kind = "Parquet" if self._is_parquet else "Arrow"
             raise FormatError(self._path, f"is a damaged or incomplete {kind} file ({_first_sentence(exc)}); write it again.") from exc
         except OSError as exc:
@@ -74,6 +77,12 @@ class ColumnarReader:
         with pa.OSFile(str(self._path), "rb") as raw, pyarrow.ipc.open_file(raw) as file:
             for index in range(file.num_record_batches):
                 yield file.get_batch(index)
+
+
+def _plain(batch: Any) -> Any:
+    """The columns and names of ``batch`` and nothing else: damaged metadata and time zones make polars panic. Times stay UTC."""
+    arrays = [column.cast(pa.timestamp(column.type.unit)) if pa.types.is_timestamp(column.type) else column for column in batch.columns]
+    return pa.Table.from_arrays(arrays, names=batch.schema.names)
 
 
 def _first_sentence(exc: Exception) -> str:

@@ -48,6 +48,7 @@ def _parse(data: bytes, layout: Layout) -> pl.DataFrame:
         columns=[position for position, name in enumerate(names) if name in layout.roles or name == "_extra"],
         quote_char=None,
         ignore_errors=True,
+        truncate_ragged_lines=True,
     )
 
 

@@ -42,6 +42,8 @@ def parse_kraken(path: Path, data: bytes, instrument: Instrument, on_symbol: Cal
         if "truncated" in str(exc):
             raise TruncatedError(path, "the JSON ends early") from exc
         raise FormatError(path, f"is not valid JSON ({exc}); record the reply again.") from exc
+    except UnicodeDecodeError as exc:
+        raise FormatError(path, f"is not UTF-8 ({exc.reason} at byte {exc.start}); record the reply again.") from exc
     if reply.error:
         raise FormatError(path, f"is a reply with an error ({'; '.join(reply.error)[:200]}), it holds no trades.")
     block = Block(columns=empty_columns())
@@ -67,7 +69,7 @@ def canonical_names(name: str) -> frozenset[str]:
 def _block(path: Path, raw: msgspec.Raw) -> Block:
     try:
         items = msgspec.json.decode(raw, type=list[msgspec.Raw])
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise FormatError(path, f"the trades are no list ({exc}).") from exc
     rows: list[_Row] = []
     places: list[int] = []
