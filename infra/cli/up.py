@@ -89,11 +89,14 @@ def decide(settings: Settings, probe: Callable[[Settings], str | None] | None = 
 
 def probe_live(settings: Settings) -> str | None:
     """Ask the venue's REST interface for a sign of life; None when it gave one, else one phrase."""
-    from infra.cli.venue import ping_url
+    from collectors.binance.feed import venue_of
+    from schemas.errors import VocabularyError
 
-    url = ping_url(settings.collector.exchange, settings.collector.rest_url)
-    if url is None:
-        return "it has no collector"
+    try:
+        venue = venue_of(settings.collector.exchange, rest_url=settings.collector.rest_url)
+    except VocabularyError:
+        return "it has no live collector"
+    url = f"{venue.rest_url}{venue.rest_path}/ping"
     import httpx
 
     try:
