@@ -21,7 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from infra.errors import MarketstreamError, StartError
 from infra.settings import Settings, load_settings
@@ -64,7 +64,7 @@ class Supervisor:
         self._emit = emit
         self._children: dict[str, Child] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="prepare")
-        self._stopping = False
+        self._lock: BinaryIO | None = None
         self._housekept_at = 0.0
         self._announced = False
 
@@ -205,7 +205,8 @@ class Supervisor:
 
     def stop(self) -> None:
         """Stops every process, those that need others first; kills what does not stop in its time. Leaves none."""
-        self._stopping = True
+        if self._lock is None:
+            return  # the folder, and the state file in it, are someone else's
         left = {name: child for name, child in self._children.items() if child.process is not None and child.spec is not None}
         while left:
             needed = {dependency for child in left.values() for dependency in child.pending}
@@ -338,20 +339,18 @@ def main() -> int:
     emit = _emitter(plan["events"])
     launch.adopt_orphans()
     supervisor = Supervisor(settings, [ProcessSpec.from_json(entry) for entry in plan["processes"]], emit)
-    code = 0
     try:
         supervisor.claim()
         supervisor.plan()
         Loop(supervisor).run()
     except MarketstreamError as exc:
         logger.error("%s", exc)
-        code = exc.exit_code
         supervisor.stop()
         emit({"event": "failed", "kind": type(exc).__name__, "message": exc.message})
-        return code
+        return exc.exit_code
     supervisor.stop()
     emit({"event": "down"})
-    return code
+    return 0
 
 
 if __name__ == "__main__":

@@ -58,16 +58,17 @@ class Stack:
         """
         self._daemon, events = self._start_daemon()
         try:
-            self._follow(events, on_progress)
-            if detach:
-                assert self._daemon.stdin is not None
-                self._daemon.stdin.write(b"detach\n")
-                self._daemon.stdin.close()
+            self._follow(self._daemon, events, on_progress)
         except KeyboardInterrupt:
             self.down()
             raise errors.StoppedError("interrupted while starting; everything was stopped") from None
+        except BaseException:
+            self._release(self._daemon)
+            raise
         finally:
             os.close(events)
+        if detach:
+            self._detach(self._daemon)
         return self.status(check=False)
 
     def wait(self, timeout_s: float | None = None) -> int | None:
@@ -83,9 +84,7 @@ class Stack:
         """Stops everything; False when nothing ran. Returns only when no process is left."""
         stopped = down(self._settings.data_dir)
         if self._daemon is not None:
-            if self._daemon.stdin is not None and not self._daemon.stdin.closed:
-                self._daemon.stdin.close()
-            self._daemon.wait(STOP_TIMEOUT_S)
+            self._release(self._daemon)
         return stopped
 
     def status(self, check: bool = True) -> list[ProcessStatus]:
@@ -100,6 +99,20 @@ class Stack:
                     if reason is not None:
                         status.state, status.detail = "restarting", reason
         return found.processes
+
+    def _release(self, daemon: subprocess.Popen[bytes]) -> None:
+        """Lets go of a supervisor, which makes it stop, and waits for its end."""
+        if daemon.stdin is not None:
+            daemon.stdin.close()
+        daemon.wait(STOP_TIMEOUT_S)
+        self._daemon = None
+
+    def _detach(self, daemon: subprocess.Popen[bytes]) -> None:
+        assert daemon.stdin is not None
+        daemon.stdin.write(b"detach\n")
+        daemon.stdin.close()
+        daemon.returncode = 0  # it is no longer ours to wait for; without this Popen warns about a process left running
+        self._daemon = None
 
     def _start_daemon(self) -> tuple[subprocess.Popen[bytes], int]:
         path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
@@ -124,7 +137,7 @@ class Stack:
         daemon.stdin.flush()
         return daemon, events
 
-    def _follow(self, events: int, on_progress: Progress | None) -> None:
+    def _follow(self, daemon: subprocess.Popen[bytes], events: int, on_progress: Progress | None) -> None:
         buffer = b""
         while True:
             part = os.read(events, 65536)
@@ -135,8 +148,7 @@ class Stack:
             for line in lines:
                 event = json.loads(line)
                 if event["event"] == "failed":
-                    assert self._daemon is not None
-                    self._daemon.wait(STOP_TIMEOUT_S)
+                    daemon.wait(STOP_TIMEOUT_S)
                     raise getattr(errors, event["kind"], errors.StartError)(event["message"])
                 if on_progress is not None:
                     on_progress(event)
