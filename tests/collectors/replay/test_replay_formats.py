@@ -60,7 +60,7 @@ async def test_every_layout_of_a_dump_is_recognised(tmp_path: Path, layout: str,
 
 
 @pytest.mark.parametrize(
-    "wrapping", ["plain", "gz", "gz of two members", "zip", "gz without its name", "windows lines", "BOM", "no last newline"]
+    "wrapping", ["plain", "gz", "gz of two members", "zip", "gz without its name", "windows lines", "BOM", "no last newline", "blank lines"]
 )
 async def test_every_wrapping_gives_the_same_rows(tmp_path: Path, wrapping: str) -> None:
     """Compression is told by content; line ends and byte order marks do not matter."""
@@ -81,11 +81,17 @@ async def test_every_wrapping_gives_the_same_rows(tmp_path: Path, wrapping: str)
             archive.mkdir("folder")
             archive.writestr("folder/x.csv", data)
     else:
-        changed = {"windows lines": data.replace(b"\n", b"\r\n"), "BOM": b"\xef\xbb\xbf" + data, "no last newline": data[:-1]}
+        changed = {
+            "windows lines": data.replace(b"\n", b"\r\n"),
+            "BOM": b"\xef\xbb\xbf" + data,
+            "no last newline": data[:-1],
+            "blank lines": b"\n" + data.replace(b"\n", b"\n \r\n\n", 7),
+        }
         path.write_bytes(changed.get(wrapping, data))
     result = await replay(path)
     assert result.ids == list(range(100, 150))
     assert result.columns["side"].tolist() == [1, -1] * 25
+    assert (result.stats.rows, result.stats.problem) == (50, None)
 
 
 async def test_spot_file_across_the_day_its_unit_changed(tmp_path: Path) -> None:

@@ -148,6 +148,34 @@ def test_seen_ids_says_what_a_set_says(batches: list[list[int]]) -> None:
         assert (fresh.tolist() if fresh is not None else [True] * len(batch)) == expected
 
 
+def test_seen_ids_keeps_a_run_for_ids_without_a_gap() -> None:
+    """Blocks that join are one run, whichever comes first."""
+    seen = SeenIds()
+    for start in (0, 1_000, 3_000, 2_000):
+        assert seen.new(np.arange(start, start + 1_000)) is None
+    assert (seen._first.tolist(), seen._last.tolist()) == ([0], [3_999])
+
+
+async def test_rows_of_one_time_come_by_id(tmp_path: Path) -> None:
+    """Trades of one matching share their time; the id says which was first."""
+    lines = dump(200, step_ms=0)
+    assert (await replay(write(tmp_path / "x.csv", lines[::-1]))).ids == list(range(100, 300))
+
+
+async def test_an_abandoned_replay_can_still_be_ended(tmp_path: Path) -> None:
+    """What is sent after Ctrl-C: the end of the source, at the watermark it had reached."""
+
+    async def never(_: object) -> None:
+        raise AssertionError
+
+    made = Replay(write(tmp_path / "x.csv", dump(9_000)), BTC, clock=FakeClock(), on_rejected=never)
+    frames = made.frames()
+    first = await anext(frames)
+    await frames.aclose()  # type: ignore[attr-defined]
+    end = made.end_frame()
+    assert (end.flags, end.watermark_us, end.row_count, end.source) == (END_OF_SOURCE, first.watermark_us, 0, made.source)
+
+
 def test_seen_ids_is_bounded() -> None:
     """Ids with a gap after each take a run each; beyond the limit the smallest are forgotten, not the newest."""
     seen = SeenIds(max_runs=100)
