@@ -111,6 +111,8 @@ class StreamLimits:
     max_resume_rows: int = 50_000
     """Most history rows a cursor from an old page is continued with; beyond it the client gets a reset."""
     resume_timeout_s: float = 30.0
+    begin_timeout_s: float = 5.0
+    """How long a subscribe waits for the broker's first answer, as right after a restart."""
     log_messages: int = 512
     """Encoded messages a series keeps, so that a reconnect costs nothing."""
     log_bytes: int = 128 * 1024

@@ -241,11 +241,7 @@ class _Connection:
         if not 0 <= limit <= most:
             raise Refused("invalid_limit", f"limit is {limit}, a snapshot of {key.channel} has 0 to {most} rows: ask REST for more.")
         cursor = cursor_of(request, key, self._hub.partition(key))
-        try:
-            epoch = self._hub.epoch(key.channel)
-        except StoreUnavailableError as exc:
-            raise Refused(f"{exc.store}_unavailable", exc.reason) from None
-        subscription = Subscription(request.id, key, self._client, epoch, limit)
+        subscription = Subscription(request.id, key, self._client, limit)
         self._subscriptions[key] = subscription
         self._metrics.subscriptions.inc()
         task = asyncio.ensure_future(self._begin(subscription, cursor))
@@ -257,6 +253,8 @@ class _Connection:
         key = subscription.key
         try:
             await self._catalogue.check(key.exchange, key.symbol)
+            await self._hub.ready(key)
+            subscription.epoch = self._hub.epoch(key.channel)
             self._metrics.resumes.labels("snapshot" if cursor is None else "cursor").inc()
             ack: dict[str, object] = {"op": "subscribe"}
             self._client.say(reply("ack", subscription.id, ack | key.fields))

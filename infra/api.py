@@ -19,6 +19,7 @@ from api.stream import RAW_WRITER
 from infra.api_frames import KafkaFrames
 from infra.api_stores import ClickHouseHistory, PostgresSymbols
 from infra.errors import MarketstreamError, PortInUseError
+from infra.logs import setup_logging
 from infra.seam import SystemClock
 from infra.settings import Settings, load_settings
 
@@ -89,7 +90,7 @@ class ApiServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def server_config(api: Api, *, host: str = "127.0.0.1", port: int = 0, log_level: str = "warning") -> uvicorn.Config:
+def server_config(api: Api, *, host: str = "127.0.0.1", port: int = 0) -> uvicorn.Config:
     """How the server runs: one process, uvloop, no access log (metrics count requests), no compression on the stream."""
     return uvicorn.Config(
         api,
@@ -102,7 +103,8 @@ def server_config(api: Api, *, host: str = "127.0.0.1", port: int = 0, log_level
         ws_ping_timeout=20.0,
         ws_per_message_deflate=False,
         access_log=False,
-        log_level=log_level,
+        log_config=None,
+        log_level="warning",  # below it uvicorn writes a line for every connection
         server_header=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
@@ -139,7 +141,7 @@ async def serve(settings: Settings) -> None:
         ) from exc
     with listener:
         api = await build(settings)
-        config = server_config(api, host=settings.api.host, port=settings.api.port, log_level=settings.log_level.lower())
+        config = server_config(api, host=settings.api.host, port=settings.api.port)
         await ApiServer(config, api).serve(sockets=[listener])
 
 
@@ -147,7 +149,7 @@ def main() -> int:
     """Entry point; the exit code."""
     try:
         settings = load_settings()
-        logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        setup_logging(settings)
         import uvloop  # not at the top: tests import this module for its protocol on any loop
 
         uvloop.run(serve(settings))

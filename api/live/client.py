@@ -27,7 +27,7 @@ class Subscription:
 
     __slots__ = ("_epoch", "client", "closed", "head", "id", "key", "limit", "pushed_us", "seq", "series", "skip_until")
 
-    def __init__(self, id_: int | str | None, key: SeriesKey, client: Client, epoch: int, limit: int) -> None:
+    def __init__(self, id_: int | str | None, key: SeriesKey, client: Client, limit: int) -> None:
         self.id = id_
         self.key = key
         self.client = client
@@ -37,11 +37,11 @@ class Subscription:
         self.series: Series | None = None
         self.skip_until = Position(-1)
         self.pushed_us = 0
-        self.epoch = epoch
+        self.epoch = 0
 
     @property
     def epoch(self) -> int:
-        """Incarnation of the topic its cursors belong to."""
+        """Incarnation of the topic its cursors belong to; set once the topic is known."""
         return self._epoch
 
     @epoch.setter

@@ -89,6 +89,10 @@ class Hub:
             )
         return epoch
 
+    async def ready(self, key: SeriesKey) -> None:
+        """Return when the tail of the series' partition has begun. Raises StoreUnavailableError when that takes too long."""
+        await self._wait_began(self._tails[(key.channel, self.partition(key))])
+
     def lag(self) -> dict[tuple[str, int], float]:
         """Seconds since the newest record of each partition was written, as far as any was read."""
         now_ms = self._clock.now_us() // 1000
@@ -255,7 +259,7 @@ class Hub:
         if tail.next_offset >= 0:
             return
         try:
-            async with asyncio.timeout(self._limits.resume_timeout_s):
+            async with asyncio.timeout(self._limits.begin_timeout_s):
                 await self._began[(tail.topic, tail.partition)].wait()
         except TimeoutError:
             raise StoreUnavailableError("kafka", f"Kafka does not answer: the tail of topic '{tail.topic}' has not begun.") from None

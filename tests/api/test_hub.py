@@ -37,7 +37,7 @@ class Reader:
         self.cursor: str | None = None
         self._writer: asyncio.Task[None] | None = None
         self._client = Client(self._send, limits.queue_bytes, lambda: 0, METRICS)
-        self.subscription = Subscription(1, key, self._client, EPOCH, 200)
+        self.subscription = Subscription(1, key, self._client, 200)
 
     async def _send(self, texts: list[str]) -> None:
         for text in texts:
