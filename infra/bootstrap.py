@@ -129,7 +129,9 @@ def set_up(root: str, wanted: str) -> None:
     _install(root, python, venv, wanted, environ)
     if wanted != "bench":
         link_project(root, python)
+        compiling = _compile_kernels(root, python, environ)
         _fetch_jars(root, python, environ)
+        compiling.wait()  # without success the worker compiles for itself, later
     with open(os.path.join(venv, "ready." + wanted), "w") as stream:
         stream.write(fingerprint(root, wanted))
     say("Set up in %.0f s" % (time.time() - started))
@@ -253,6 +255,15 @@ def link_project(root: str, python: str) -> None:
     with open(command, "w", encoding="utf-8") as stream:
         stream.write("#!{}\nimport sys\n\nfrom {} import {}\n\nsys.exit({}())\n".format(python, module, function, function))
     os.chmod(command, 0o755)
+
+
+def _compile_kernels(root: str, python: str, environ: "dict[str, str]") -> "subprocess.Popen[bytes]":
+    """Numba's kernels, beside the download of the jars."""
+    say("Compiling kernels")
+    environ = dict(environ, PYTHONPATH=root)
+    return subprocess.Popen(
+        [python, "-m", "infra.warm"], cwd=root, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def _fetch_jars(root: str, python: str, environ: "dict[str, str]") -> None:

@@ -1,7 +1,8 @@
 """Starts one of our processes on servers that hold what it needs: ``python -m infra.provisioned infra.worker [arguments]``.
 
 Topics, schemas and tables are made before the first process of a stack runs, once per supervisor: the processes start at the same time,
-one of them provisions and the others wait for it. Restarted processes find the mark and lose no time.
+one of them provisions and the others wait for it. Restarted processes find the mark and lose no time. The worker has its kernels loaded
+before it joins its group: a kernel that must be compiled first (a changed checkout) would stop its event loop for a minute.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from infra.errors import MarketstreamError
 from infra.settings import Settings, load_settings
 from infra.stack.spec import start_ticks
 
+WORKER = "infra.worker"
 MARK = Path("run") / "provisioned"
 """In the data folder: pid and start time of the supervisor under which provisioning was done last; locked while it is done."""
 
@@ -50,6 +52,10 @@ def main() -> int:
     try:
         parent = os.getppid()
         ensure_provisioned(load_settings(), (parent, start_ticks(parent) or 0))
+        if module == WORKER:
+            from infra.warm import warm
+
+            warm()
     except MarketstreamError as exc:
         print(exc, file=sys.stderr)
         return exc.exit_code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from infra.settings import Settings
@@ -12,6 +13,8 @@ from infra.stack.spec import ProcessSpec
 Choice = Literal["live", "sim", "none"]
 """Where trades come from, once ``auto`` is decided."""
 USDM = "binance-usdm"
+WORKER_READY_TIMEOUT_S = 300.0
+"""A worker of a changed checkout compiles its kernels first: a minute on two idle cores."""
 SERVERS = ("kafka", "clickhouse", "postgres", "registry")
 
 
@@ -41,7 +44,8 @@ def specs(settings: Settings, choice: Choice) -> list[ProcessSpec]:
 def _worker(settings: Settings, index: int) -> ProcessSpec:
     port = settings.worker.health_port + index
     arguments = ("--index", str(index))
-    return _ours(f"worker-{index}", "infra.worker", port, {"ports.worker": port}, arguments=arguments)
+    made = _ours(f"worker-{index}", "infra.worker", port, {"ports.worker": port}, arguments=arguments)
+    return replace(made, ready_timeout_s=WORKER_READY_TIMEOUT_S)
 
 
 def _sim(settings: Settings) -> ProcessSpec:

@@ -11,6 +11,8 @@ from infra.cli.output import Output
 
 _JSON_EVERY_S: Final = 1.0
 """Between two JSON lines of one stage; a log keeps what matters."""
+_JSON_STILL_S: Final = 10.0
+"""The same while nothing moves: enough to see that it waits."""
 
 
 class Progress:
@@ -28,6 +30,7 @@ class Progress:
         self._task: Any = None
         self._stage = ""
         self._told_s = 0.0
+        self._last = (-1.0, -1)
 
     def __enter__(self) -> Self:
         if self._output.err.isatty() and not self._output.as_json:
@@ -54,6 +57,8 @@ class Progress:
         """Show how far ``stage`` is: ``done`` of ``total`` in any one unit (0: unknown), ``rows`` so far and their rate."""
         changed = stage != self._stage
         self._stage = stage
+        moved = (done, rows) != self._last
+        self._last = (done, rows)
         if self._bar is not None:
             if changed:
                 self._bar.reset(self._task, description=f"{self._what}: {stage}")
@@ -61,7 +66,7 @@ class Progress:
             self._bar.update(self._task, completed=done, total=total or None, detail=detail)
             return
         now = time.monotonic()
-        if changed or now - self._told_s >= _JSON_EVERY_S:
+        if changed or now - self._told_s >= (_JSON_EVERY_S if moved else _JSON_STILL_S):
             self._told_s = now
             value = {"stage": stage, "done": done, "total": total, "rows": rows, "rows_per_s": round(rows_per_s), **more}
             print(json.dumps({"progress": value}), file=self._output.err, flush=True)
