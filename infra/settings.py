@@ -8,6 +8,7 @@ its TOML key ``<field>`` in table ``[<section>]``. Components get their own sect
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -102,8 +103,10 @@ class ClickHouseSettings:
     database: str = option("marketstream", "database that holds our tables", check=_identifier_check)
     trades_ttl_days: int = option(0, "days trades are kept, by their time; 0: for ever, so that old recordings stay", low=0, high=36500)
     bars_ttl_days: int = option(0, "days bars are kept, by their time; 0: for ever", low=0, high=36500)
-    memory_mb: int = option(512, "memory one local engine may use for queries, MB; more is refused, not swapped", low=128)
-    max_body_mb: int = option(256, "largest request body the local server takes, MB; above it 413", low=1, high=4096)
+    memory_mb: int = option(1024, "memory one local engine may use for queries, MB; more is refused, not swapped", low=128)
+    max_body_mb: int = option(
+        64, "largest request body the local server takes, MB; above it 413; our largest insert is 20 MB", low=1, high=4096
+    )
     threads: int = option(2, "threads one query uses on the local engine; two cores are the smallest machine", low=1, high=256)
 
 
@@ -222,7 +225,7 @@ class Settings:
         rows = []
         for item in options():
             value = self._get(item.key)
-            rows.append((item.key, MASK if item.secret and value else _text(value), self.origin.get(item.key, "default")))
+            rows.append((item.key, _masked(_text(value)) if item.secret else _text(value), self.origin.get(item.key, "default")))
         return rows
 
     def as_environ(self) -> dict[str, str]:
@@ -235,6 +238,14 @@ class Settings:
         for part in key.split("."):
             target = getattr(target, part)
         return target
+
+
+def _masked(text: str) -> str:
+    """A secret for people's eyes: of a DSN the password is hidden and the address shown."""
+    dsn = re.fullmatch(r"(\w+://[^:@/]*):[^@]*(@[^@]*)", text)
+    if dsn is not None:
+        return f"{dsn.group(1)}:{MASK}{dsn.group(2)}"
+    return MASK if text else ""
 
 
 def options() -> list[Option]:

@@ -112,6 +112,7 @@ def test_secrets_are_masked_wherever_settings_are_shown() -> None:
     settings = load_settings({"MARKETSTREAM_CLICKHOUSE_PASSWORD": secret, "MARKETSTREAM_POSTGRES_PASSWORD": secret})
     assert secret not in repr(settings) and secret not in str(settings.shown())
     assert ("clickhouse.password", "***", "env:MARKETSTREAM_CLICKHOUSE_PASSWORD") in settings.shown()
+    assert ("postgres.dsn", "postgresql://postgres:***@127.0.0.1:19132/marketstream", "default") in settings.shown()
     with pytest.raises(SettingsError) as caught:
         load_settings({"MARKETSTREAM_POSTGRES_DSN": secret})
     assert secret not in str(caught.value)
