@@ -111,8 +111,10 @@ class Sequencer:
         if last < 0 or newest_id <= last:
             return None
         self._broken[code] = True
-        gap = self._open(code, last + 1, newest_id, max(time_us, int(self._last_us[code])))
+        end_us = max(time_us, int(self._last_us[code]))
+        gap = self._open(code, last + 1, newest_id, end_us)
         self._last_id[code] = newest_id
+        self._last_us[code] = end_us
         return gap
 
     def open_gaps(self) -> Iterator[Gap]:
@@ -170,10 +172,11 @@ class Sequencer:
         for row, (code, trade_id, time_us) in enumerate(zip(codes.tolist(), ids.tolist(), times_us.tolist(), strict=True)):
             last = int(self._last_id[code])
             if last >= 0 and trade_id <= last:
+                if self._fill(code, trade_id):
+                    continue
                 if time_us <= self._last_us[code] + (RESET_AFTER_BREAK_US if self._broken[code] else RESET_AFTER_US):
-                    if not self._fill(code, trade_id):
-                        keep[row] = False
-                        self.duplicates += 1
+                    keep[row] = False
+                    self.duplicates += 1
                     continue
                 self.resets += 1
             elif last >= 0 and trade_id > last + 1 and (self._consecutive or self._broken[code]):

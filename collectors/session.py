@@ -282,9 +282,8 @@ class Shard:
         self._acks[request_id] = waiter
         try:
             await link.connection.send(text)
-            done, _ = await asyncio.wait(
-                {waiter, link.connection.closed}, timeout=self._config.ack_timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            either: set[asyncio.Future[Any]] = {waiter, link.connection.closed}
+            done, _ = await asyncio.wait(either, timeout=self._config.ack_timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._acks.pop(request_id, None)
         if waiter in done:

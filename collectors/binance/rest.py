@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import httpx
@@ -63,7 +63,10 @@ class BinanceRest:
     def __init__(self, venue: Venue, http: httpx.AsyncClient, clock: Clock, breaker: Breaker, *, api_key: str = "") -> None:
         self.venue = venue
         self.breaker = breaker
-        self.limit = RateLimit(RateLimitConfig(weight_per_minute=venue.weight_per_minute, burst=venue.weight_per_minute / 4))
+        # after an outage every symbol needs a request at once: the whole minute's share may go in a burst, the venue's own count
+        # (X-MBX-USED-WEIGHT-1M) keeps what follows within the minute
+        limit = RateLimitConfig(weight_per_minute=venue.weight_per_minute)
+        self.limit = RateLimit(replace(limit, burst=limit.weight_per_minute * limit.share))
         self.errors = 0
         self._http, self._clock = http, clock
         self._headers = {"X-MBX-APIKEY": api_key} if api_key else {}

@@ -1,0 +1,1 @@
+"""SQL migrations of the PostgreSQL database, applied in the order of their numbers."""
