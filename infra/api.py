@@ -149,7 +149,7 @@ def main() -> int:
     """Entry point; the exit code."""
     try:
         settings = load_settings()
-        setup_logging(settings)
+        setup_logging(settings.log_level, as_json=settings.log_json)
         import uvloop  # not at the top: tests import this module for its protocol on any loop
 
         uvloop.run(serve(settings))
