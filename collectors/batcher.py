@@ -152,10 +152,10 @@ class Batcher:
             self._remap[present] = np.arange(len(present), dtype=np.int32)
             part = {**part, "symbol_code": self._remap[part["symbol_code"]]}
             # only the last frame may carry the new watermark: the rows of the later ones are still to come
-            last = stop == rows and watermark_us is not None
-            promised = self._promise(partition, watermark_us) if last and watermark_us is not None else self._promised[partition]
-            if promised is None:
-                promised = int(columns["exchange_time_us"].min())  # nothing older is known of; the weakest promise that is one
+            if stop == rows and watermark_us is not None:
+                promised = self._promise(partition, watermark_us)
+            else:
+                promised = self._promised[partition] or 0  # 0: nothing is promised yet
             frames.append(
                 Frame(source=self.source, watermark_us=promised, symbols=tuple(self._keys[code] for code in present), columns=part)
             )

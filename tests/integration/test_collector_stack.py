@@ -181,7 +181,7 @@ async def wait_for_state(store: SymbolStore, symbol: str, state: str, seconds: f
 
 
 async def test_what_was_traded_while_the_collector_was_dead_is_fetched(stack: RunningStack, topic_prefix: str) -> None:
-    """kill -9, three seconds of trades without anybody listening, restart: no trade of any symbol is missing."""
+    """Kill -9, three seconds of trades without anybody listening, restart: no trade of any symbol is missing."""
     async with exchange(symbols=12, rate=300.0) as running:
         settings = settings_for(stack, topic_prefix, running, MARKETSTREAM_COLLECTOR_SYMBOLS="BTC-USDT,ETH-USDT,SOL-USDT")
         await asyncio.to_thread(provision, settings)

@@ -1,0 +1,95 @@
+"""Silence: by each symbol's own law, and of a whole feed."""
+
+from random import Random
+
+import numpy as np
+
+from collectors.stale import StaleConfig, StaleDetector
+
+S = 1_000_000
+
+
+def arrive(detector: StaleDetector, code: int, now: int) -> None:
+    """One row of a symbol."""
+    detector.observe(np.array([code], np.int64), now)
+
+
+def test_a_busy_symbol_is_stale_within_seconds_and_a_quiet_one_is_not() -> None:
+    """Same silence, other law: 10 s after trading every 100 ms against every minute."""
+    detector = StaleDetector(StaleConfig(symbol_floor_us=2 * S))
+    detector.watch(0, 0)
+    detector.watch(1, 0)
+    now = 0
+    for step in range(6_000):
+        now = step * S // 10
+        arrive(detector, 0, now)
+        if step % 600 == 0:
+            arrive(detector, 1, now)
+    assert detector.newly_stale(now + 15 * S) == [0]
+    assert detector.newly_stale(now + 16 * S) == []
+    assert detector.stale_symbols() == 1
+    arrive(detector, 0, now + 17 * S)
+    assert detector.stale_symbols() == 0
+
+
+def test_poisson_arrivals_are_never_called_stale() -> None:
+    """Two hours of random arrivals at five rates: a probability of 1e-6 stays one."""
+    random = Random(3)
+    for mean_s in (0.05, 0.5, 2.0, 10.0, 60.0):
+        detector = StaleDetector(StaleConfig(symbol_floor_us=0, feed_floor_us=0))
+        detector.watch(0, 0)
+        now = 0
+        for _ in range(min(20_000, int(7_200 / mean_s))):
+            gap = int(random.expovariate(1 / mean_s) * S)
+            assert not detector.newly_stale(now + gap - 1), mean_s
+            assert not detector.feed_is_stale(now + gap - 1), mean_s
+            now += gap
+            arrive(detector, 0, now)
+
+
+def test_an_active_feed_is_found_dead_within_three_seconds() -> None:
+    """The floor of 2 s and a look every 250 ms."""
+    detector = StaleDetector()
+    detector.watch(0, 0)
+    now = 0
+    for step in range(2_000):
+        now = step * 20_000
+        arrive(detector, 0, now)
+    looks = [now + look * 250_000 for look in range(1, 20)]
+    found = next(look for look in looks if detector.feed_is_stale(look))
+    assert found - now <= 3 * S
+
+
+def test_a_market_that_pauses_is_reconnected_less_and_less_often() -> None:
+    """Each reconnect that brings nothing triples the patience."""
+    detector = StaleDetector()
+    now = 0
+    for step in range(2_000):
+        now = step * 20_000
+        arrive(detector, 0, now) if step else detector.watch(0, 0)
+    limits = []
+    for _ in range(4):
+        limits.append(detector.feed_limit_us())
+        detector.silence_was_quiet(now)
+    assert limits == sorted(limits)
+    assert limits[-1] >= 20 * limits[0]
+
+
+def test_a_reconnect_restarts_every_silence_but_keeps_what_was_learnt() -> None:
+    """Symbols are not called stale for the outage."""
+    detector = StaleDetector(StaleConfig(symbol_floor_us=2 * S))
+    detector.watch(0, 0)
+    for step in range(500):
+        arrive(detector, 0, step * 100_000)
+    detector.connected(200 * S)
+    assert detector.newly_stale(201 * S) == []
+    assert detector.newly_stale(280 * S) == [0]
+
+
+def test_a_forgotten_symbol_is_not_watched() -> None:
+    """Removed at run time; a row still under way does not bring it back."""
+    detector = StaleDetector()
+    detector.watch(0, 0)
+    detector.forget(0)
+    arrive(detector, 0, S)
+    assert detector.newly_stale(10**12) == []
