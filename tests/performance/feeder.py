@@ -1,0 +1,168 @@
+"""A collector fed from memory: recorded JSON frames through the real mapper, sequencer and batcher into topic ``trades``, as fast as it goes.
+
+``python -m tests.performance.feeder --seconds 60 --symbols 1000 --max-behind 500000``. It stops reading while worker or sink is behind by
+more than that, as a full socket would stop a venue. Says ``{"event": "ready"}`` when the pool is made, then one line a second, and at the
+end what it published, by symbol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import threading
+import time
+from typing import Any
+
+from collectors.batcher import Batcher, BatcherConfig
+from collectors.dedupe import Gap, Sequencer
+from collectors.pipeline import Pipeline
+from collectors.stale import StaleDetector
+from collectors.stats import FeedStats
+from collectors.watermark import Watermark
+from collectors.wire import TRADE_DTYPES
+from infra.kafka import FrameProducer
+from infra.registry_client import RegistryClient
+from infra.settings import load_settings
+from schemas.frames import END_OF_SOURCE, Frame
+from tests.performance.box import Lag
+from tests.performance.captures import Pool, RoundMapper, make_pool
+
+SOURCE = "binance/ws/0"
+CHUNK = 16_384
+"""Messages a round of the batcher, about what a busy socket holds after 60 ms."""
+LOOK_S = 0.2
+
+
+class NoDeadLetters:
+    """Recorded frames are good: one that is rejected is a failure of the benchmark."""
+
+    def put(self, **letter: Any) -> None:
+        """Raises RuntimeError."""
+        raise RuntimeError(f"rejected: {letter['reason']}: {letter['detail']}")
+
+
+class Brake:
+    """Watches the slowest stage from a thread: ``behind`` is rows that wait for it."""
+
+    def __init__(self, lag: Lag) -> None:
+        self.behind = 0
+        self.records: dict[str, int] = {}
+        self.rows_a_record = 1.0
+        self._lag = lag
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End."""
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(LOOK_S):
+            self.records = self._lag.read()
+            slowest = max(self.records["worker"], self.records["sink_trades"], self.records["sink_bars"])
+            self.behind = int(slowest * self.rows_a_record)
+
+
+def make_pipeline(pool: Pool, partitions: int) -> tuple[Pipeline, RoundMapper]:
+    """The parts a live Binance shard has, on the pool's symbols."""
+    mapper = RoundMapper(pool)
+    batcher = Batcher(SOURCE, TRADE_DTYPES, BatcherConfig(partitions=partitions))
+
+    def refuse(gap: Gap) -> None:
+        raise RuntimeError(f"the pool has a hole: {gap}")
+
+    pipeline = Pipeline(
+        exchange="binance",
+        mapper=mapper,
+        sequencer=Sequencer(consecutive=True),
+        watermark=Watermark(),
+        batcher=batcher,
+        stale=StaleDetector(),
+        dead_letters=NoDeadLetters(),
+        stats=FeedStats(),
+        on_reply=lambda _: None,
+        on_gap=refuse,
+    )
+    now_us = time.monotonic_ns() // 1000
+    for symbol, stream in zip(pool.symbols, pool.streams, strict=True):
+        pipeline.add_symbol(f"binance:{symbol}", stream, now_us)
+    return pipeline, mapper
+
+
+def say(**line: Any) -> None:
+    """One line of JSON."""
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+async def feed(seconds: float, pool: Pool, max_behind: int) -> dict[str, Any]:
+    """Publish for ``seconds``; what was published."""
+    settings = load_settings()
+    with RegistryClient.from_settings(settings) as registry:
+        producer = FrameProducer(settings.kafka, registry)
+        brake = Brake(Lag(settings))
+        brake.start()
+        pipeline, mapper = make_pipeline(pool, settings.kafka.partitions)
+        began = told = time.monotonic()
+        sent = frames = at = 0
+        waited_s = 0.0
+        previous_us = time.monotonic_ns() // 1000
+        last_frame: dict[int, Frame] = {}
+        while (now := time.monotonic()) < began + seconds:
+            if now - told >= 1.0:
+                told = now
+                say(event="lag", seconds=round(now - began, 2), trades=sent, behind=brake.behind, **brake.records)
+            if brake.behind > max_behind:
+                waited_s += LOOK_S / 4
+                await asyncio.sleep(LOOK_S / 4)
+                continue
+            chunk = pool.messages[at : at + CHUNK]
+            pipeline.receive(chunk, time.time_ns() // 1000)
+            mono_us = time.monotonic_ns() // 1000
+            for topic, partition, frame in pipeline.take(mono_us, previous_us):
+                await producer.send(topic, partition, frame)
+                last_frame[partition] = frame
+                frames += 1
+            previous_us = mono_us
+            sent += len(chunk)
+            brake.rows_a_record = sent / max(frames, 1)
+            at += CHUNK
+            if at >= len(pool.messages):
+                at = 0
+                mapper.round += 1
+        took_s = time.monotonic() - began
+        for partition, frame in last_frame.items():
+            await producer.send("trades", partition, Frame(source=SOURCE, watermark_us=frame.watermark_us, flags=END_OF_SOURCE))
+        await producer.flush(60)
+        brake.stop()
+        truth = {
+            symbol: [int(pool.first_id[code]), pipeline.sequencer.last_id(code)]
+            for code, symbol in enumerate(pool.symbols)
+            if pipeline.sequencer.last_id(code) >= 0
+        }
+    return {"event": "done", "trades": sent, "frames": frames, "seconds": took_s, "waited_s": waited_s, "truth": truth}
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--symbols", type=int, default=1000)
+    parser.add_argument("--span-s", type=int, default=20)
+    parser.add_argument("--max-behind", type=int, default=500_000)
+    arguments = parser.parse_args()
+    pool = make_pool(arguments.symbols, span_s=arguments.span_s)
+    say(event="ready", messages=len(pool.messages), message_bytes=sum(map(len, pool.messages)) / len(pool.messages))
+    sys.stdin.close()
+    say(**asyncio.run(feed(arguments.seconds, pool, arguments.max_behind)))
+
+
+if __name__ == "__main__":
+    main()
