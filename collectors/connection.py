@@ -141,6 +141,13 @@ class Connection:
         except WebSocketException as exc:
             raise WireError(f"The connection to {self.url} is gone: {exc}") from exc
 
+    async def probe(self) -> None:
+        """Ping, and wait for the answer: everything the venue sent before it has been delivered then. Raises WireError."""
+        try:
+            await (await self._wire.ping())
+        except WebSocketException as exc:
+            raise WireError(f"The connection to {self.url} is gone: {exc}") from exc
+
     def pause(self) -> None:
         """Stop reading: the kernel's buffers fill and TCP slows the venue down."""
         if not self._paused and self._wire.state is State.OPEN:

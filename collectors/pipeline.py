@@ -146,7 +146,6 @@ class Pipeline:
             all_partitions: a heartbeat to every partition, due or not.
         """
         self._process(mono_us)
-        self.watermark.allowance_us = self.stale.suspect_us(self.watermark.lateness_us)
         watermark_us = self.watermark.read(previous_mono_us)
         frames = self.batcher.take(mono_us, watermark_us, sink_behind=sink_behind, all_partitions=all_partitions)
         self.stats.frames += len(frames)

@@ -7,6 +7,7 @@ by the pure parts (back-off, breaker, stale detector, watermark, sequencer), thi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +30,15 @@ HOLD_BACKPRESSURE: Final = "backpressure"
 HOLD_RECOVERY: Final = "recovery"
 CHECK_S: Final = 0.25
 """Between two looks at silence and age; an active feed is found dead within its 2 s floor plus this."""
+PROBE_SILENCE_US: Final = 250_000
+"""A feed silent for this long is asked whether it lives; its watermark can then go on. Active feeds are never asked."""
+PROBE_INTERVAL_US: Final = 450_000
+"""Between two such pings: two a second, of the five messages a second Binance takes."""
 BEHIND_US: Final = 10_000
 """A sink that needs longer than this for a round's frames is behind: frames grow."""
+
+
+_NEVER_US: Final = 2**63
 
 
 class Feed(Protocol):
@@ -72,6 +80,8 @@ class Link:
     again: set[str] = field(default_factory=set)
     """Streams to subscribe once more: they went silent."""
     renew_after_us: int = 0
+    probe_after_us: int = 0
+    """No ping before; the largest number while one is unanswered."""
 
 
 class Shard:
@@ -336,8 +346,18 @@ class Shard:
                 self._drop(link)
                 return f"nothing arrived for {silence_s:.1f} s, which its rate does not explain"
             self._look_at_symbols(link)
+            if now >= link.probe_after_us and self.pipeline.stale.feed_silence_us(now) > PROBE_SILENCE_US:
+                link.probe_after_us = _NEVER_US
+                self._spawn(self._probe(link))
             if now - link.connection.opened_us > link.max_age_s * 1e6 and now >= link.renew_after_us:
                 link = await self._renew(link)
+
+    async def _probe(self, link: Link) -> None:
+        sent_us = self._clock.monotonic_us()
+        with contextlib.suppress(WireError):  # the watch sees the connection's end itself
+            await link.connection.probe()
+            self.pipeline.watermark.heard(sent_us)
+        link.probe_after_us = sent_us + PROBE_INTERVAL_US
 
     async def _sleep_or_closed(self, link: Link) -> None:
         nap: asyncio.Future[Any] = asyncio.ensure_future(self._clock.sleep(CHECK_S))

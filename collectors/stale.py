@@ -52,6 +52,7 @@ class StaleDetector:
         self._marked = np.empty(0, np.bool_)  # code -> reported as stale and silent since
         self._feed_heard_us = 0
         self._feed_gap = float(self._config.first_gap_us)
+        self._feed_arrivals = 1  # what is assumed at first counts as one arrival
 
     def watch(self, code: int, mono_us: int) -> None:
         """Start to watch a symbol; its first silence counts from now."""
@@ -74,6 +75,7 @@ class StaleDetector:
 
     def observe(self, codes: IntArray, mono_us: int) -> None:
         """A batch arrived with rows of these symbols (each code once)."""
+        self._feed_arrivals += 1
         self._feed_gap = self._learn(self._feed_gap, mono_us - self._feed_heard_us)
         self._feed_heard_us = mono_us
         gap = (mono_us - self._heard[codes]).astype(np.float64)
@@ -108,10 +110,6 @@ class StaleDetector:
         """Whether the whole feed is silent beyond its law."""
         return self.feed_silence_us(mono_us) > self.feed_limit_us()
 
-    def suspect_us(self, floor_us: int) -> int:
-        """A shorter silence (probability 1e-3) beyond which time alone should no longer move a watermark; at least ``floor_us``."""
-        return int(max(floor_us, self._feed_gap * math.log(1e3)))
-
     def silence_was_quiet(self, mono_us: int) -> None:
         """A reconnect did not end the silence: it was the market. Learn it, so that the next verdict waits three times as long."""
         self._feed_gap = max(self._feed_gap, 3.0 * self.feed_limit_us() / self._sigmas)
@@ -119,4 +117,5 @@ class StaleDetector:
 
     def _learn(self, mean: float, gap: float) -> float:
         weight = self._config.learn_longer if gap > mean else self._config.learn_shorter
+        weight = max(weight, 1.0 / self._feed_arrivals)  # a plain mean until enough was seen
         return mean + weight * (gap - mean)

@@ -3,7 +3,8 @@
 Comes in: the newest exchange time of every batch, and the reasons to hold. Goes out: "no row older than this will follow".
 
 The venue's time now is the newest exchange time seen plus the monotonic time since; the watermark is that minus the lateness we
-allow. Our wall clock may be seconds off (the recorded captures: 1.27 s behind) or jump: it does not enter.
+allow. Our wall clock may be seconds off (the recorded captures: 1.27 s behind) or jump: it does not enter. Time moves the watermark
+only as far as the feed is known to be alive: by its rows, or by the answer to a ping, before which the venue sent all it had.
 """
 
 from __future__ import annotations
@@ -35,13 +36,6 @@ class Watermark:
         self._holds: dict[str, int] = {}  # reason -> monotonic us since when
         self._value: int | None = None
         self._wild = 0
-        self.allowance_us = self._config.hold_limit_us
-        """Silence up to this long is plausible for the feed; beyond it time alone no longer moves the watermark (until the hold limit)."""
-
-    @property
-    def lateness_us(self) -> int:
-        """How much later than its peers a row may arrive."""
-        return self._config.lateness_us
 
     def limit_us(self, mono_us: int) -> int | None:
         """The latest exchange time that is believed now; None before the first observation."""
@@ -60,10 +54,17 @@ class Watermark:
             if self._wild < self._config.confirmations:
                 return False
         self._wild = 0
-        self._heard_us = mono_us
+        self._heard_us = max(self._heard_us, mono_us)
         if self._anchor is None or newest_us > self._anchor[0]:
             self._anchor = (newest_us, mono_us)
         return True
+
+    def heard(self, mono_us: int) -> None:
+        """The venue had nothing more to say at ``mono_us``: it answered a ping sent then, and TCP keeps the order.
+
+        Without such a proof silence moves the watermark by the allowed lateness only: nobody knows whether the feed is quiet or dead.
+        """
+        self._heard_us = max(self._heard_us, mono_us)
 
     def hold(self, reason: str, mono_us: int) -> None:
         """Stop the watermark where it is: connection down, silent, renewing, backfilling. A repeated reason keeps its first time."""
@@ -91,9 +92,8 @@ class Watermark:
             return self._value
         newest_us, seen_us = self._anchor
         elapsed_us = max(0, mono_us - seen_us)
-        silence_us = max(0, mono_us - self._heard_us)
-        if self.allowance_us < silence_us < self.allowance_us + self._config.hold_limit_us:
-            elapsed_us = min(elapsed_us, max(0, self._heard_us - seen_us) + self.allowance_us)
+        if mono_us - self._heard_us < self._config.hold_limit_us:
+            elapsed_us = min(elapsed_us, max(0, self._heard_us - seen_us) + self._config.lateness_us)
         target = newest_us + elapsed_us - self._config.lateness_us
         self._value = target if self._value is None else max(self._value, target)
         return self._value

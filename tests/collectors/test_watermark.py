@@ -20,10 +20,11 @@ def test_it_follows_the_newest_exchange_time_less_the_lateness() -> None:
     assert mark.read(S) == T + S - 500_000
 
 
-def test_time_alone_moves_it_while_a_quiet_feed_is_silent() -> None:
+def test_a_quiet_feed_that_answers_pings_moves_it() -> None:
     """Bars of a quiet feed close without another trade."""
     mark = Watermark()
     mark.observe(T, 0)
+    mark.heard(3 * S)
     assert mark.read(3 * S) == T + 3 * S - 500_000
 
 
@@ -31,9 +32,10 @@ def test_it_never_goes_back() -> None:
     """An older row, a slower clock or a hold do not take a promise back."""
     mark = Watermark()
     mark.observe(T, 0)
+    mark.heard(2 * S)
     before = mark.read(2 * S)
     mark.observe(T + 100_000, 2 * S)
-    assert before is not None
+    assert before == T + 1_500_000
     assert mark.read(2 * S) == before
 
 
@@ -46,6 +48,7 @@ def test_a_hold_stops_it_and_releasing_lets_it_catch_up() -> None:
     assert mark.read(5 * S) == held
     assert mark.holding(5 * S) == ["down"]
     mark.release("down")
+    mark.observe(T + 5 * S, 5 * S)
     assert mark.read(5 * S) == T + 5 * S - 500_000
 
 
@@ -60,13 +63,13 @@ def test_a_hold_beyond_its_limit_no_longer_freezes_the_others() -> None:
     assert mark.holding(10 * S) == []
 
 
-def test_an_implausible_silence_stops_it_before_it_passes_missing_rows() -> None:
-    """An active feed that fell silent: the watermark waits within the allowance, for the hold limit."""
+def test_silence_without_proof_of_life_stops_it_before_it_passes_missing_rows() -> None:
+    """Quiet or dead? Until that is known nothing newer than the newest row is promised, for the hold limit."""
     mark = Watermark()
-    mark.allowance_us = 500_000
     mark.observe(T, 0)
     assert mark.read(400_000) == T - 100_000
     assert mark.read(3 * S) == T
+    assert mark.read(9 * S) == T
     assert mark.read(11 * S) == T + 11 * S - 500_000
 
 
