@@ -244,7 +244,7 @@ class Shell:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        problem = self._refusal(scope)
+        problem = refusal(scope, self._limits)
         if problem is None:
             await self._app(scope, receive, send)
             return
@@ -254,13 +254,15 @@ class Shell:
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
 
-    def _refusal(self, scope: Scope) -> Problem | None:
-        target = len(scope["raw_path"] if scope.get("raw_path") else scope["path"]) + len(scope["query_string"])
-        if target > self._limits.max_target_bytes:
-            return Problem("uri_too_long", f"The address has {target:,} bytes, the limit is {self._limits.max_target_bytes:,}.")
-        if scope["method"] in ("GET", "HEAD"):
-            return None
-        length = header(scope, b"content-length")
-        if length.isdigit() and int(length) > self._limits.max_body_bytes:
-            return Problem("request_too_large", f"The body has {int(length):,} bytes, the limit is {self._limits.max_body_bytes:,}.")
+
+def refusal(scope: Scope, limits: ApiLimits) -> Problem | None:
+    """Why a request is refused before anything reads it; None for a good one."""
+    target = len(scope["raw_path"] if scope.get("raw_path") else scope["path"]) + len(scope["query_string"])
+    if target > limits.max_target_bytes:
+        return Problem("uri_too_long", f"The address has {target:,} bytes, the limit is {limits.max_target_bytes:,}.")
+    if scope["method"] in ("GET", "HEAD"):
         return None
+    length = header(scope, b"content-length")
+    if length.isdigit() and int(length) > limits.max_body_bytes:
+        return Problem("request_too_large", f"The body has {int(length):,} bytes, the limit is {limits.max_body_bytes:,}.")
+    return None

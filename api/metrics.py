@@ -25,11 +25,20 @@ class Metrics:
         self.cache_misses = Counter("api_cache_misses", "Reads that went to ClickHouse.", registry=self.registry)
         self.connections = Gauge("websocket_connections", "Open WebSocket connections.", registry=self.registry)
         self.subscriptions = Gauge("websocket_subscriptions", "Subscriptions of all connections.", registry=self.registry)
-        self.messages_sent = Counter("websocket_messages_sent", "Messages sent to WebSocket clients.", registry=self.registry)
-        self.conflated = Counter("websocket_updates_conflated", "Open-bar updates replaced by newer ones.", registry=self.registry)
+        self.messages_sent = 0
+        """Messages sent to WebSocket clients; a plain number, as Counter.inc takes a lock and 0.5 us."""
+        self.conflated = 0
+        """Open-bar updates replaced by newer ones."""
         self.closed_slow = Counter("websocket_slow_clients", "Clients closed because they read too slowly.", registry=self.registry)
         self.refused = Counter("websocket_requests_refused", "Stream requests answered with an error.", ("code",), registry=self.registry)
         self.resumes = Counter("websocket_subscribes", "Subscribe requests by how they began.", ("kind",), registry=self.registry)
+
+        self.watch(self._plain)
+
+    def _plain(self) -> list[Metric]:
+        sent = CounterMetricFamily("websocket_messages_sent", "Messages sent to WebSocket clients.", value=self.messages_sent)
+        conflated = CounterMetricFamily("websocket_updates_conflated", "Open-bar updates replaced by newer ones.", value=self.conflated)
+        return [sent, conflated]
 
     def watch(self, collect: Callable[[], Iterable[Metric]]) -> None:
         """Ask ``collect`` for more metrics at each scrape."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 from api.catalogue import Catalogue
@@ -16,7 +15,7 @@ from api.cursors import LiveCursor
 from api.deps import StreamLimits
 from api.errors import PositionLostError, Problem, StoreUnavailableError
 from api.http import Receive, Scope, Send
-from api.live.client import RESTART_CLOSE, SLOW_CLOSE, Client, Subscription
+from api.live.client import RESTART_CLOSE, SLOW_CLOSE, Client, Subscription, TaskWriter, Writer
 from api.live.hub import Hub
 from api.live.requests import OPS, Refused, Request, cursor_of, parse_request, reply, request_id, series_of
 from api.metrics import Metrics
@@ -29,8 +28,8 @@ _FULL_CLOSE: Final = 1013
 _BUSY_CLOSE: Final = 4429
 _CLOSE_WAIT_S: Final = 2.0
 _US: Final = 1_000_000
-RAW_WRITER: Final = "marketstream.texts"
-"""Scope extension of a server that can write several text messages at once: an async callable over a list of str."""
+RAW_WRITER: Final = "marketstream.writer"
+"""Scope extension of a server that offers an ``api.live.client.Writer``: many messages in one write, no task a client."""
 
 
 class StreamApp:
@@ -101,7 +100,8 @@ class _Connection:
         self._metrics = metrics
         self._clock = clock
         self._limits = limits
-        self._client = Client(self._writer(scope), limits.queue_bytes, clock.monotonic_us, metrics)
+        writer: Writer = scope.get("extensions", {}).get(RAW_WRITER) or TaskWriter(self._send_text)
+        self._client = Client(writer, limits.queue_bytes, metrics)
         self._subscriptions = self._client.subscriptions
         self._work: set[asyncio.Task[None]] = set()
         self._tokens = limits.max_requests_per_s
@@ -110,17 +110,14 @@ class _Connection:
         self.ended = asyncio.Event()
 
     async def serve(self) -> None:
-        """Read requests and write messages until either side ends."""
-        writer = asyncio.ensure_future(self._client.write())
-        reader = asyncio.ensure_future(self._read())
-        ending = asyncio.ensure_future(self._client.ending.wait())
-        tasks = {writer, reader, ending}
+        """Read requests until either side ends; messages go out by themselves."""
+        tasks = {asyncio.ensure_future(self._read()), asyncio.ensure_future(self._client.ending.wait())}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if self._client.overflow:
                 self._metrics.closed_slow.inc()
                 self._close = (SLOW_CLOSE, "slow consumer: reconnect and subscribe from the last cursor")
-            elif self._close is not None and not writer.done():
+            elif self._close is not None:
                 await self._flush()
         finally:
             tasks |= self._work
@@ -136,7 +133,7 @@ class _Connection:
     def announce_restart(self) -> None:
         """Queue the notice of a restart and end the connection once it is out."""
         cursors = [
-            entry.key.fields | {"cursor": entry.series.announce("", "{}").tail.split('"')[3]}
+            entry.key.fields | {"cursor": entry.series.announce("heartbeat", "{}").cursor}
             for entry in self._subscriptions.values()
             if entry.series is not None
         ]
@@ -145,14 +142,8 @@ class _Connection:
 
     # -- writing
 
-    def _writer(self, scope: Scope) -> Callable[[list[str]], Awaitable[None]]:
-        raw: Callable[[list[str]], Awaitable[None]] | None = scope.get("extensions", {}).get(RAW_WRITER)
-        return raw if raw is not None else self._send_each
-
-    async def _send_each(self, texts: list[str]) -> None:
-        send = self._send
-        for text in texts:
-            await send({"type": "websocket.send", "text": text})
+    async def _send_text(self, text: str) -> None:
+        await self._send({"type": "websocket.send", "text": text})
 
     async def _flush(self) -> None:
         """Give what is queued a moment to go out."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import socket
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import uvicorn
@@ -50,18 +51,32 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     """
 
     def handle_connect(self, event: Any) -> None:
-        """Offer the writer to the app."""
+        """Offer ourselves as the app's writer."""
+        self._callback: Callable[[], None] = lambda: None
         super().handle_connect(event)
         scope = getattr(self, "scope", None)
         if scope is not None:
-            scope["extensions"][RAW_WRITER] = self.write_texts
+            scope["extensions"][RAW_WRITER] = self
 
-    async def write_texts(self, texts: list[str]) -> None:
-        """Write several text messages at once; waits first while the peer does not read. Raises OSError when it is gone."""
-        await self.writable.wait()
-        if self.disconnected or self.close_sent or self.transport.is_closing():
-            raise ConnectionResetError("the client is gone")
-        self.transport.write(b"".join([text_frame(text.encode()) for text in texts]))
+    def resume_writing(self) -> None:
+        """The peer takes more."""
+        super().resume_writing()
+        self._callback()
+
+    # -- api.live.client.Writer
+
+    def ready(self) -> bool:
+        """See Writer."""
+        return self.writable.is_set()
+
+    def on_ready(self, callback: Callable[[], None]) -> None:
+        """See Writer."""
+        self._callback = callback
+
+    def write(self, texts: Sequence[bytes]) -> None:
+        """See Writer."""
+        if not (self.disconnected or self.close_sent or self.transport.is_closing()):
+            self.transport.write(b"".join([text_frame(text) for text in texts]))
 
     async def run_asgi(self) -> None:
         """Serve the app, and do not wait for ever for a peer to take its last bytes."""

@@ -323,21 +323,21 @@ class Hub:
     async def _tick(self) -> None:
         """Heartbeats for silent subscriptions; series nobody reads are forgotten."""
         while True:
-            await self._clock.sleep(self._limits.heartbeat_s / 3)
-            now_us = self._clock.monotonic_us()
-            self._heartbeat(now_us)
-            self._forget_idle(now_us)
+            await self._clock.sleep(self._limits.heartbeat_s)
+            self._heartbeat()
+            self._forget_idle(self._clock.monotonic_us())
 
-    def _heartbeat(self, now_us: int) -> None:
-        silent_us = int(self._limits.heartbeat_s * _US)
+    def _heartbeat(self) -> None:
         for subscription in list(self._subscriptions):
             series = subscription.series
-            if series is None or now_us - subscription.pushed_us < silent_us:
+            if series is None or not subscription.quiet:
+                subscription.quiet = True
                 continue
             tail = self._tails[(series.key.channel, self.partition(series.key))]
             if tail.follower(series.key.instrument, series.key.timeframe_s) is series:
                 series.advance(tail.next_offset)
                 subscription.push(series.announce("heartbeat", f'{{"time_us":{self._clock.now_us()}}}'))
+                subscription.quiet = True
 
     def _forget_idle(self, now_us: int) -> None:
         idle = [

@@ -116,6 +116,6 @@ def cursor_of(request: Request, key: SeriesKey, partition: int) -> LiveCursor | 
 Kind = Literal["ack", "error"]
 
 
-def reply(kind: Kind, id_: int | str | None, body: dict[str, object]) -> str:
+def reply(kind: Kind, id_: int | str | None, body: dict[str, object]) -> bytes:
     """The text of an ack or error."""
-    return msgspec.json.encode({"type": kind, "id": id_, "data": body}).decode()
+    return msgspec.json.encode({"type": kind, "id": id_, "data": body})

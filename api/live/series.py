@@ -47,8 +47,10 @@ class Message(NamedTuple):
     """Place of its first row."""
     end: Position
     """Place after its last row: its cursor."""
-    tail: str
+    tail: bytes
     """``,"cursor":...,"type":...,"data":...}``."""
+    cursor: str
+    """The text of ``end``."""
     kind: str
     """``open`` (update of an open bar: a newer one makes it worthless), ``update``, ``corrected``, ``snapshot``, ``heartbeat``, ``reset``."""
 
@@ -221,8 +223,8 @@ class Series:
 
     def _emit(self, kind: str, start: Position, end: Position, rows: list[str]) -> None:
         is_open = kind == "open"
-        tail = self._tail("update" if is_open else kind, end, rows)
-        message = Message(start, end, tail, kind)
+        message = self._message(start, end, kind, f"[{','.join(rows)}]")
+        tail = message.tail
         if not is_open:
             self._log.append(message)
             self._log_size += len(tail)
@@ -233,8 +235,10 @@ class Series:
         for subscriber in self.subscribers:
             subscriber.push(message)
 
-    def _tail(self, kind: str, end: Position, rows: Iterable[str]) -> str:
-        return f',"cursor":"{self._encode_cursor(end)}","type":"{kind}","data":[{",".join(rows)}]}}'
+    def _message(self, start: Position, end: Position, kind: str, data: str) -> Message:
+        cursor = self._encode_cursor(end)
+        shown = "update" if kind == "open" else kind
+        return Message(start, end, f',"cursor":"{cursor}","type":"{shown}","data":{data}}}'.encode(), cursor, kind)
 
     # -- what a newcomer gets
 
@@ -243,7 +247,7 @@ class Series:
         rows = [text for _, text in sorted(self._recent.items())[-limit:]] if limit else []
         if self._open is not None:
             rows.append(self._open[1])
-        return Message(self.position, self.position, self._tail("snapshot", self.position, rows), "snapshot")
+        return self._message(self.position, self.position, "snapshot", f"[{','.join(rows)}]")
 
     def holds(self, place: Position) -> bool:
         """Whether the log has everything after ``place``."""
@@ -253,20 +257,15 @@ class Series:
         """Every message at or after ``place``, then the open bar. Only where :meth:`holds` says so."""
         found = [message for message in self._log if message.start >= place]
         if self._open is not None and self.position > place:
-            found.append(Message(self.position, self.position, self._tail("update", self.position, [self._open[1]]), "open"))
+            found.append(self._message(self.position, self.position, "open", f"[{self._open[1]}]"))
         return found
 
     def announce(self, kind: str, data: str) -> Message:
         """A message about the series itself (``heartbeat``, ``reset``) with the cursor of where it stands."""
-        return Message(
-            self.position,
-            self.position,
-            f',"cursor":"{self._encode_cursor(self.position)}","type":"{kind}","data":{data}}}',
-            kind,
-        )
+        return self._message(self.position, self.position, kind, data)
 
     def history(self, rows: Sequence[str], after: LiveCursor) -> Message:
         """Rows that ClickHouse holds before the series' place but after a page's end, for the reader of that page."""
-        return Message(
-            self.deliver_from, self.deliver_from, f',"cursor":"{after.encode()}","type":"update","data":[{",".join(rows)}]}}', "update"
-        )
+        text = after.encode()
+        tail = f',"cursor":"{text}","type":"update","data":[{",".join(rows)}]}}'
+        return Message(self.deliver_from, self.deliver_from, tail.encode(), text, "update")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
@@ -28,33 +29,35 @@ METRICS = Metrics()
 
 
 class Reader:
-    """A client of one series that keeps what a person would keep: rows by key and the last cursor."""
+    """A client of one series that keeps what a person would keep: rows by key and the last cursor. It is its own Writer."""
 
     def __init__(self, hub: Hub, key: SeriesKey, limits: StreamLimits) -> None:
         self.hub = hub
         self.key = key
         self.messages: list[dict[str, Any]] = []
         self.cursor: str | None = None
-        self._writer: asyncio.Task[None] | None = None
-        self._client = Client(self._send, limits.queue_bytes, lambda: 0, METRICS)
+        self._client = Client(self, limits.queue_bytes, METRICS)
         self.subscription = Subscription(1, key, self._client, 200)
 
-    async def _send(self, texts: list[str]) -> None:
+    def ready(self) -> bool:
+        return True
+
+    def on_ready(self, callback: Callable[[], None]) -> None:
+        pass
+
+    def write(self, texts: Sequence[bytes]) -> None:
         for text in texts:
             message = json.loads(text)
             self.messages.append(message)
             self.cursor = message["cursor"]
 
     async def start(self, cursor: str | None = None, limit: int = 200) -> None:
-        self._writer = asyncio.ensure_future(self._client.write())
         await self.hub.subscribe(self.subscription, decode_live(cursor) if cursor else None, limit)
 
     async def stop(self) -> None:
         self.hub.unsubscribe(self.subscription)
         for _ in range(3):
             await asyncio.sleep(0)
-        if self._writer is not None:
-            self._writer.cancel()
 
     async def settle(self) -> None:
         for _ in range(20):
@@ -255,8 +258,8 @@ async def test_silent_series_gets_heartbeats_whose_cursor_moves_with_the_topic()
     for number in range(7):
         kafka.append("bars", bars_frame("binance:ETH-USDT", [(number, 0, 1)]))
     kafka.hand("bars")
-    for _ in range(4):
-        await clock.advance(limits.heartbeat_s / 2)
+    for _ in range(3):
+        await clock.advance(limits.heartbeat_s)
     await reader.settle()
     beat = reader.messages[-1]
     assert beat["type"] == "heartbeat"
@@ -312,8 +315,8 @@ async def test_an_idle_series_is_forgotten_after_its_linger_time() -> None:
     await reader.stop()
     tail = next(tail for tail in hub.tails() if tail.topic == "bars")
     assert len(tail.followers()) == 1
-    for _ in range(20):
-        await clock.advance(limits.heartbeat_s / 2)
+    for _ in range(10):
+        await clock.advance(limits.heartbeat_s)
     assert tail.followers() == []
     await hub.stop()
 
