@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_S: Final = 10.0
 _POLL_INTERVAL_S: Final = 0.002
+_COMPLAIN_EVERY_S: Final = 10.0
 
 
 class TopicLayoutError(MarketstreamError):
@@ -32,13 +34,41 @@ class TopicLayoutError(MarketstreamError):
 
 def unreachable(settings: KafkaSettings, exc: Exception) -> UnreachableError:
     """One sentence for a broker that does not answer."""
-    return UnreachableError(f"Kafka at {settings.bootstrap} does not answer ({exc}): start the stack or set MARKETSTREAM_KAFKA_BOOTSTRAP.")
+    error = exc.args[0] if isinstance(exc, KafkaException) and exc.args else None
+    detail = error.str() if isinstance(error, KafkaError) else str(exc)  # without librdkafka's codes
+    return UnreachableError(
+        f"Kafka at {settings.bootstrap} does not answer ({detail}): start the stack or set MARKETSTREAM_KAFKA_BOOTSTRAP."
+    )
+
+
+class _Complaints:
+    """Tells of broker trouble once in ten seconds; librdkafka itself writes a line for each of twenty attempts a second."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, float] = {}
+
+    def __call__(self, error: KafkaError) -> None:
+        now = time.monotonic()
+        if now - self._told.get(error.name(), -_COMPLAIN_EVERY_S) >= _COMPLAIN_EVERY_S:
+            self._told[error.name()] = now
+            logger.warning("Kafka: %s", error.str())
+
+
+def _common(settings: KafkaSettings) -> dict[str, Any]:
+    return {
+        **settings.client_config(),
+        "reconnect.backoff.ms": 50,
+        "reconnect.backoff.max.ms": 1000,
+        "log.connection.close": False,
+        "log_level": 2,  # its own lines go to standard error unformatted; what matters comes through error_cb
+        "error_cb": _Complaints(),
+    }
 
 
 def producer_config(settings: KafkaSettings, **overrides: Any) -> dict[str, Any]:
     """Librdkafka settings of a producer that loses and doubles nothing."""
     return {
-        **settings.client_config(),
+        **_common(settings),
         "acks": "all",
         "enable.idempotence": True,
         # Never give up on a record: a broker that is away for an hour must not cost one trade. The queue below bounds memory instead.
@@ -50,8 +80,6 @@ def producer_config(settings: KafkaSettings, **overrides: Any) -> dict[str, Any]
         "linger.ms": 0,
         "compression.type": "lz4",
         "socket.nagle.disable": True,
-        "reconnect.backoff.max.ms": 1000,
-        "log.connection.close": False,
         **overrides,
     }
 
@@ -59,7 +87,7 @@ def producer_config(settings: KafkaSettings, **overrides: Any) -> dict[str, Any]
 def consumer_config(settings: KafkaSettings, group: str, **overrides: Any) -> dict[str, Any]:
     """Librdkafka settings of a consumer that decides itself where it reads and when it commits."""
     return {
-        **settings.client_config(),
+        **_common(settings),
         "group.id": f"{settings.topic_prefix}{group}",
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
@@ -72,8 +100,6 @@ def consumer_config(settings: KafkaSettings, group: str, **overrides: Any) -> di
         "queued.max.messages.kbytes": 32 * 1024,
         # Default 500 ms backs off once the queue is full and stalls catch-up.
         "fetch.queue.backoff.ms": 10,
-        "reconnect.backoff.max.ms": 1000,
-        "log.connection.close": False,
         **overrides,
     }
 
@@ -187,7 +213,7 @@ class FrameProducer:
 
 
 def _admin(settings: KafkaSettings) -> AdminClient:
-    return AdminClient({**settings.client_config(), "log.connection.close": False})
+    return AdminClient(_common(settings))
 
 
 def partition_count(settings: KafkaSettings, entry: Topic) -> int:
