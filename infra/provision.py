@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
 from infra.clickhouse.client import apply_schema
 from infra.kafka import ensure_topics
 from infra.registry_client import RegistryClient
-from infra.settings import Settings
+from infra.settings import PostgresSettings, Settings
+from infra.symbol_store import SymbolStore
 
 
 def provision(settings: Settings) -> None:
@@ -14,3 +18,10 @@ def provision(settings: Settings) -> None:
     with RegistryClient.from_settings(settings) as registry:
         registry.register_all()
     apply_schema(settings.clickhouse)
+    with ThreadPoolExecutor(1) as thread:  # a loop of its own, for callers that are inside one
+        thread.submit(asyncio.run, _migrate(settings.postgres)).result()
+
+
+async def _migrate(settings: PostgresSettings) -> None:
+    async with SymbolStore(settings):
+        pass  # opening it applies the migrations

@@ -30,6 +30,7 @@ class Check:
     remedy: str = ""
 
 
+NEED_BROKER: Final = ("topics", "lag")
 Probe = Callable[[Settings], Check]
 
 
@@ -82,13 +83,18 @@ def checks(settings: Settings) -> Iterator[Check]:
         ("postgres", servers.postgres),
         ("lag", servers.lag),
     ]
+    has_broker = True
     for name, probe in own:
+        if not has_broker and name in NEED_BROKER:
+            yield Check(name=name, ok=False, detail="not looked at, the broker does not answer", remedy="see broker")
+            continue
         try:
             yield probe(settings)
         except Exception as exc:
             known = translate(exc)
             text = known.message if known is not None else f"{type(exc).__name__}: {exc}"
-            detail, _, remedy = text.partition(": ") if known is not None else (text, "", "")
+            detail, _, remedy = text.rpartition(": ") if known is not None and ": " in text else (text, "", "")
+            has_broker = has_broker and name != "broker"
             yield Check(name=name, ok=False, detail=detail, remedy=remedy or "see the logs in " + str(settings.data_dir / "logs"))
 
 

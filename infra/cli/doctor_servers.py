@@ -100,26 +100,41 @@ def clickhouse(settings: Settings) -> Check:
 
 
 def postgres(settings: Settings) -> Check:
-    """Whether PostgreSQL answers and its migrations are those of this release."""
+    """Whether PostgreSQL answers and has every migration of this release."""
+    from importlib.resources import files
+
     place = settings.postgres.dsn.rpartition("@")[2]
-    version, tables = asyncio.run(_ask_postgres(settings.postgres.dsn))
-    return Check(name="postgres", ok=True, detail=f"{version} at {place}, {tables} tables")
+    wanted = sorted(entry.name for entry in files("infra.postgres").iterdir() if entry.name.endswith(".sql"))
+    version, applied = asyncio.run(_ask_postgres(settings.postgres.dsn))
+    missing = [name for name in wanted if name not in applied]
+    if missing:
+        return Check(name="postgres", ok=False, detail=f"{place} lacks migrations: {', '.join(missing)}", remedy=_PROVISION)
+    unknown = sorted(applied - set(wanted))
+    if unknown:
+        detail = f"{place} has migrations of a newer release: {', '.join(unknown)}"
+        return Check(name="postgres", ok=False, detail=detail, remedy="use the release that made them, or another database")
+    return Check(name="postgres", ok=True, detail=f"{version} at {place}, {len(wanted)} migrations applied")
 
 
-async def _ask_postgres(dsn: str) -> tuple[str, int]:
+async def _ask_postgres(dsn: str) -> tuple[str, set[str]]:
+    """Server version and names of the applied migrations."""
     import asyncpg
 
     from infra.errors import UnreachableError
 
+    place = dsn.rpartition("@")[2]
     try:
         link = await asyncpg.connect(dsn, timeout=_TIMEOUT_S)
     except (OSError, asyncpg.PostgresError, TimeoutError) as exc:
-        place = dsn.rpartition("@")[2]
-        raise UnreachableError(f"PostgreSQL at {place} does not answer ({exc}): start the stack or set MARKETSTREAM_POSTGRES_DSN") from exc
+        detail = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+        raise UnreachableError(
+            f"PostgreSQL at {place} does not answer ({detail}): start the stack or set MARKETSTREAM_POSTGRES_DSN"
+        ) from exc
     try:
-        tables = await link.fetchval("SELECT count(*) FROM information_schema.tables WHERE table_schema = 'public'")
         version = ".".join(str(part) for part in link.get_server_version()[:2])
-        return version, int(tables)
+        if await link.fetchval("SELECT to_regclass('schema_migrations')") is None:
+            return version, set()
+        return version, {row["name"] for row in await link.fetch("SELECT name FROM schema_migrations")}
     finally:
         await link.close()
 

@@ -6,6 +6,7 @@ Modules are imported inside the commands: `marketstream --help` answers in 0.2 s
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -248,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code; prints at most one line about an error unless ``--debug`` is given."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json, debug = "--json" in arguments, "--debug" in arguments
+    if not debug:  # what libraries have to say goes to the logs of the processes; a command says one sentence
+        logging.getLogger().addHandler(logging.NullHandler())
     try:
         status = app(arguments, prog_name="marketstream", standalone_mode=False)
         return status if isinstance(status, int) else 0

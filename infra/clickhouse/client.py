@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -46,7 +47,8 @@ def connect(settings: ClickHouseSettings, *, database: str | None = "", **option
 
 def unreachable(settings: ClickHouseSettings, exc: Exception) -> UnreachableError:
     """One sentence for a ClickHouse that does not answer."""
-    detail = str(exc).splitlines()[0][:300]
+    refused = re.search(r"\[Errno \d+\] ([\w ]+)", str(exc))  # out of the HTTP client's account of its retries
+    detail = refused[1] if refused is not None else str(exc).splitlines()[0][:300]
     return UnreachableError(f"ClickHouse at {settings.url} does not answer ({detail}): start the stack or set MARKETSTREAM_CLICKHOUSE_URL.")
 
 
