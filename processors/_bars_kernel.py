@@ -3,8 +3,8 @@
 All compiled functions stand in this one file: numba looks at the time stamp of a function's own file only when it decides whether its
 cached machine code is still good. :func:`step` is the only one that Python calls; it has one specialisation.
 
-**How a trade travels.** Only the open bar of the smallest timeframe (*level* 0) is touched by a trade in order: its row in ``hot_i`` and
-``hot_f``, four cache lines. When a trade of a later interval comes, or the watermark passes, that bar is *sealed*: copied into a small
+**How a trade travels.** Only the open bar of the smallest timeframe (*level* 0) is touched by a trade in order: its row in ``hot``,
+three cache lines. When a trade of a later interval comes, or the watermark passes, that bar is *sealed*: copied into a small
 ring and merged into the open bar of level 1, which is merged into level 2 when it is sealed in turn. A trade that is not in order takes the
 slow path (:func:`_slow_row`): it is merged into the ring entry of each level until one is reached whose open bar contains it.
 
@@ -21,27 +21,52 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 # Nothing here allocates, so arrays need no reference counts; with them each call of a helper costs two atomic operations an array.
 _inner = njit(_nrt=False)
+# A call passes every array of its arguments by value, some 200 words: small functions are inlined.
+_inline = njit(_nrt=False, forceinline=True)
+
+
+@intrinsic
+def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
+    """Ask for the cache line of word ``index`` of a contiguous array of 8-byte words; does not wait for it."""
+    del typing_context
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.bitcast(builder.gep(view.data, [arguments[1]]), ir.IntType(8).as_pointer())
+        word = ir.IntType(32)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [address.type], ir.FunctionType(ir.VoidType(), [address.type, word, word, word])
+        )
+        builder.call(function, [address, word(1), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
 
 MAX64 = np.int64(2**62)
 """Stands for "never" and "without end": far from any time or id, and adding a day to it does not overflow."""
 MAX_VALUE = 1e18
 """Prices and sizes at or above this are refused: their product would leave the range in which sums are exact."""
 
-# Bars, integers: open time, first and last trade by (time, id), trades, newest receive time, revision and flags, trades when last published.
+# A bar is a row of 8-byte words, seen through two views of the same memory, one of integers and one of floats.
+# Integers: open time, first and last trade by (time, id), trades, newest receive time, revision and flags, trades when last published.
 OPEN, FIRST_T, FIRST_ID, LAST_T, LAST_ID, COUNT, RECV, META, PUB = range(9)
 BAR_INTS = 9
-# ``hot_i`` goes on with: end, limit and newest time of the id interval that grows; time of the last live row; live state.
-EXT_HI, EXT_LIMIT, EXT_T, LIVE_AT, LIVE_STATE = range(9, 14)
-HOT_INTS = 16
+# Floats: prices, then the pairs of the three sums.
+F_OPEN, F_HIGH, F_LOW, F_CLOSE, F_VH, F_VL, F_QH, F_QL, F_BH, F_BL = range(10, 20)
+BAR_WORDS = 20
+# Rows of ``hot`` go on; 24 words are three cache lines. Time of the last live row; end, limit and newest time of the id interval that
+# grows; live state.
+LIVE_AT, EXT_HI, EXT_LIMIT, EXT_T, LIVE_STATE = 9, 20, 21, 22, 23
+HOT_WORDS = 24
 CLEAN, TOUCHED, WAITING, NEVER, DROPPED = range(5)
 """LIVE_STATE: nothing new, traded in this frame, waits in the wheel, a lane, waited in the wheel when its source ended."""
-# Bars, floats: prices, then the pairs of the three sums.
-F_OPEN, F_HIGH, F_LOW, F_CLOSE, F_VH, F_VL, F_QH, F_QL, F_BH, F_BL = range(10)
-BAR_FLOATS = 10
 
 # META: the low 32 bits count publications, i.e. are the revision of the next one; above them flags.
 REVISION_MASK = np.int64(0xFFFFFFFF)
@@ -116,6 +141,9 @@ NEWCOMER = 1 << 30
 """Bit in ``code_map``: this source has not yet added a trade to the symbol; only then an older stretch opens a lane."""
 SLOT_MASK = NEWCOMER - 1
 
+AHEAD = 12
+"""Rows whose slot is prefetched: takes a trade among 10,000 symbols from 28.8 to 24.2 ns, costs none among 10."""
+
 WHEEL = 32
 """Buckets of the wheel of due live updates; one spans a sixteenth of the interval, so half of them are in use."""
 
@@ -131,10 +159,10 @@ _ACTION_HOT, _ACTION_DONE, _ACTION_DUPLICATE, _ACTION_LATE, _ACTION_NEED_OUT, _A
 class State(NamedTuple):
     """Arrays of one partition; capacity ``n`` slots, ``K`` levels, ``P`` bars a slot outside ``hot``."""
 
-    hot_i: Any  # int64 (n, HOT_INTS): open bar of level 0, and what each trade needs
-    hot_f: Any  # float64 (n, BAR_FLOATS)
-    bar_i: Any  # int64 (n * P, BAR_INTS): a scratch bar, open bars of levels 1.., then the rings
-    bar_f: Any  # float64 (n * P, BAR_FLOATS)
+    hot_i: Any  # int64 (n, HOT_WORDS): open bar of level 0, and what each trade needs
+    hot_f: Any  # float64, the same memory
+    bar_i: Any  # int64 (n * P, BAR_WORDS): a scratch bar, open bars of levels 1.., then the rings
+    bar_f: Any  # float64, the same memory
     slot_i: Any  # int64 (n, SLOT_INTS + 3 K)
     slot_f: Any  # float64 (n, K): close before the next bar of each level
     ids: Any  # int64 (n, intervals, 4)
@@ -158,6 +186,7 @@ class Out(NamedTuple):
     rejected_reason: Any  # int8
     touched: Any  # int32 (n,)
     revised: Any  # int32 (n,)
+    floors: Any  # int64 (K,)
 
 
 class Rows(NamedTuple):
@@ -228,7 +257,7 @@ def _add_trade(bi, bf, r, t, tid, price, size, quote, buy, receive):  # type: ig
     bf[r, F_BH] = s
 
 
-@_inner
+@_inline
 def _add_pair(df, d, sf, s, at):  # type: ignore[no-untyped-def]
     """Add the pair at ``at`` of bar ``s`` to that of bar ``d`` and renormalise it, so that the low part keeps its room."""
     a = df[d, at]
@@ -249,7 +278,7 @@ def _merge(di, df, d, si, sf, s):  # type: ignore[no-untyped-def]
     if di[d, COUNT] == 0:
         for c in range(FIRST_T, META):
             di[d, c] = si[s, c]
-        for c in range(BAR_FLOATS):
+        for c in range(F_OPEN, F_BL + 1):
             df[d, c] = sf[s, c]
         return True
     changed = False
@@ -272,7 +301,7 @@ def _merge(di, df, d, si, sf, s):  # type: ignore[no-untyped-def]
     return changed
 
 
-@_inner
+@_inline
 def _clear(bi, r, open_us):  # type: ignore[no-untyped-def]
     """Make bar ``r`` an empty, never published one that opens at ``open_us``."""
     bi[r, OPEN] = open_us
@@ -281,18 +310,18 @@ def _clear(bi, r, open_us):  # type: ignore[no-untyped-def]
     bi[r, PUB] = -1
 
 
-@_inner
+@_inline
 def _copy(di, df, d, si, sf, s):  # type: ignore[no-untyped-def]
     for c in range(BAR_INTS):
         di[d, c] = si[s, c]
-    for c in range(BAR_FLOATS):
+    for c in range(F_OPEN, F_BL + 1):
         df[d, c] = sf[s, c]
 
 
 # --- output ---------------------------------------------------------------------------------------------------------------------------
 
 
-@_inner
+@_inline
 def _code(st, out, ctl, s):  # type: ignore[no-untyped-def]
     """Code of the slot's symbol in this output."""
     m = st.slot_i[s, OWNER]
@@ -305,7 +334,7 @@ def _code(st, out, ctl, s):  # type: ignore[no-untyped-def]
     return code
 
 
-@_inner
+@_inline
 def _complete(st, s, k, open_us):  # type: ignore[no-untyped-def]
     """Whether the whole interval was covered: from its start on, and by no gap between two sources."""
     si = st.slot_i
@@ -313,7 +342,7 @@ def _complete(st, s, k, open_us):  # type: ignore[no-untyped-def]
     return open_us >= si[s, COVERED_FROM] and not (end > si[s, GAP_FROM] and open_us < si[s, GAP_TO])
 
 
-@_inner
+@_inline
 def _write_head(st, out, ctl, s, k, open_us, revision, final, complete):  # type: ignore[no-untyped-def]
     """Write the identifying columns of the next row and return its index."""
     n = ctl[C_OUT]
@@ -331,7 +360,7 @@ def _write_head(st, out, ctl, s, k, open_us, revision, final, complete):  # type
     return n
 
 
-@_inner
+@_inline
 def _write_bar(st, out, ctl, s, k, bi, bf, r, final, complete):  # type: ignore[no-untyped-def]
     """Write a row of bar ``r`` with trades."""
     n = _write_head(st, out, ctl, s, k, bi[r, OPEN], bi[r, META] & REVISION_MASK, final, complete)
@@ -351,7 +380,7 @@ def _write_bar(st, out, ctl, s, k, bi, bf, r, final, complete):  # type: ignore[
     out.f8[O_VWAP, n] = quote / volume if volume > 0.0 else bf[r, F_CLOSE]
 
 
-@_inner
+@_inline
 def _write_flat(st, out, ctl, s, k, open_us, close, revision, complete):  # type: ignore[no-untyped-def]
     """Write a row of an interval without trades: the previous close, nothing traded, ids -1."""
     n = _write_head(st, out, ctl, s, k, open_us, revision, 1, complete)
@@ -368,18 +397,22 @@ def _write_flat(st, out, ctl, s, k, open_us, close, revision, complete):  # type
 # --- levels ---------------------------------------------------------------------------------------------------------------------------
 
 
-@_inner
+@_inline
 def _ring_row(st, s, k, open_us):  # type: ignore[no-untyped-def]
-    return s * st.par[P_ROWS] + st.ring_at[k] + (open_us // st.timeframe[k]) % st.ring[k]
+    # Dividing floats is several times faster than integers, and exact here: both are whole numbers below 2**53, the first division has no
+    # remainder, and the second quotient is at least 1 / ring away from the next whole number.
+    number = np.int64(open_us / st.timeframe[k])
+    ring = st.ring[k]
+    return s * st.par[P_ROWS] + st.ring_at[k] + number - np.int64(number / ring) * ring
 
 
-@_inner
+@_inline
 def _at_lane_edge(st, s, k, open_us):  # type: ignore[no-untyped-def]
     """Whether this bar of a lane reaches into intervals that the symbol's own slot has trades of."""
     return open_us <= st.slot_i[s, LANE_LO] or open_us + st.timeframe[k] > st.slot_i[s, LANE_HI]
 
 
-@_inner
+@_inline
 def _mark_revised(st, out, ctl, s, open_us):  # type: ignore[no-untyped-def]
     if st.slot_i[s, REV_LISTED] == 0:
         st.slot_i[s, REV_LISTED] = 1
@@ -427,7 +460,7 @@ def _merge_upwards(st, out, ctl, s, k, xi, xf, x, t):  # type: ignore[no-untyped
         k += 1
 
 
-@_inner
+@_inline
 def _advance(st, out, ctl, s, open_us):  # type: ignore[no-untyped-def]
     """Make ``open_us`` (later than now) the open bar of level 0: seal it and every level whose interval ends."""
     levels = st.par[P_LEVELS]
@@ -436,32 +469,20 @@ def _advance(st, out, ctl, s, open_us):  # type: ignore[no-untyped-def]
     lane = st.slot_i[s, KIND] == LANE
     for k in range(levels):
         tf = st.timeframe[k]
-        new_open = open_us - open_us % tf
-        xi, xf, x = bi, bf, rows
+        xi, xf, x = bi, bf, rows + k
         if k == 0:
-            old_open = st.hot_i[s, OPEN]
-            if old_open == new_open:
-                return
-            count = st.hot_i[s, COUNT]
-            if count > 0:
-                _copy(xi, xf, x, st.hot_i, st.hot_f, s)
-            _clear(st.hot_i, s, new_open)
-        else:
-            old_open = bi[rows + k, OPEN]
-            if old_open == new_open:
-                return
-            count = bi[rows + k, COUNT]
-            if count > 0:
-                _copy(xi, xf, x, bi, bf, rows + k)
-            _clear(bi, rows + k, new_open)
-        if count == 0:
-            continue
-        if lane and _at_lane_edge(st, s, k, old_open):
-            _merge_upwards(st, out, ctl, st.slot_i[s, OWNER], k, xi, xf, x, xi[x, FIRST_T])
-            continue
-        _copy(bi, bf, _ring_row(st, s, k, old_open), xi, xf, x)
-        if k + 1 < levels:
-            _merge(bi, bf, rows + k + 1, xi, xf, x)
+            xi, xf, x = st.hot_i, st.hot_f, s
+        old_open = xi[x, OPEN]
+        if open_us < old_open + tf:
+            return
+        if xi[x, COUNT] > 0:
+            if lane and _at_lane_edge(st, s, k, old_open):
+                _merge_upwards(st, out, ctl, st.slot_i[s, OWNER], k, xi, xf, x, xi[x, FIRST_T])
+            else:
+                _copy(bi, bf, _ring_row(st, s, k, old_open), xi, xf, x)
+                if k + 1 < levels:
+                    _merge(bi, bf, x + 1 if k > 0 else rows + 1, xi, xf, x)
+        _clear(xi, x, open_us - open_us % tf)
 
 
 @_inner
@@ -475,7 +496,7 @@ def _next_sealed(st, s, k, after, until):  # type: ignore[no-untyped-def]
     return best
 
 
-@_inner
+@_inline
 def _close_level(st, out, ctl, s, k, until):  # type: ignore[no-untyped-def]
     """Publish the bars of level ``k`` that open before ``until``; all of them are sealed."""
     levels = st.par[P_LEVELS]
@@ -513,37 +534,43 @@ def _close_level(st, out, ctl, s, k, until):  # type: ignore[no-untyped-def]
     si[s, next_at] = max(si[s, next_at], open_us)
 
 
-@_inner
+@_inline
 def _most_rows(st, s, k):  # type: ignore[no-untyped-def]
     """Most rows that closing level ``k`` can write: sealed bars lie within one ring, flat bars before and after them."""
     left = st.par[P_MAX_FLAT] - st.slot_i[s, SLOT_INTS + st.par[P_LEVELS] + k]
     return st.ring[k] + 1 + max(left, 0) + st.par[P_MAX_FLAT]
 
 
-@_inner
-def _rows_to_close(st, s, t):  # type: ignore[no-untyped-def]
-    """Upper bound of the rows that closing slot ``s`` up to time ``t`` writes."""
+@_inline
+def _set_floors(st, out, t):  # type: ignore[no-untyped-def]
+    """For each level, the end of the last interval that has ended at time ``t``."""
+    for k in range(st.par[P_LEVELS]):
+        out.floors[k] = t - t % st.timeframe[k]
+
+
+@_inline
+def _rows_to_close(st, out, s):  # type: ignore[no-untyped-def]
+    """Upper bound of the rows that closing slot ``s`` up to ``out.floors`` writes."""
     need = 0
-    if st.slot_i[s, KIND] == LANE:
-        t = min(t, st.slot_i[s, LANE_HI])
-    levels = st.par[P_LEVELS]
-    for k in range(levels):
-        bars = (t - st.slot_i[s, SLOT_INTS + k]) // st.timeframe[k]
-        if bars > 0:
-            need += min(bars, _most_rows(st, s, k))
+    lane_end = st.slot_i[s, LANE_HI]
+    for k in range(st.par[P_LEVELS]):
+        tf = st.timeframe[k]
+        span = min(out.floors[k], lane_end) - st.slot_i[s, SLOT_INTS + k]
+        if span == tf:
+            need += 1
+        elif span > 0:
+            need += min(span // tf + 1, _most_rows(st, s, k))
     return need
 
 
-@_inner
-def _close_slot(st, out, ctl, s, t):  # type: ignore[no-untyped-def]
-    """Publish every bar of slot ``s`` that ends at or before ``t``."""
-    open_us = t - t % st.par[P_BASE]
-    if open_us > st.hot_i[s, OPEN]:
-        _advance(st, out, ctl, s, open_us)
+@_inline
+def _close_slot(st, out, ctl, s):  # type: ignore[no-untyped-def]
+    """Publish every bar of slot ``s`` that ends at or before ``out.floors``."""
+    if out.floors[0] > st.hot_i[s, OPEN]:
+        _advance(st, out, ctl, s, out.floors[0])
     for k in range(st.par[P_LEVELS]):
-        until = t - t % st.timeframe[k]
-        if until > st.slot_i[s, SLOT_INTS + k]:
-            _close_level(st, out, ctl, s, k, until)
+        if out.floors[k] > st.slot_i[s, SLOT_INTS + k]:
+            _close_level(st, out, ctl, s, k, out.floors[k])
 
 
 @_inner
@@ -591,7 +618,7 @@ def _flush(st, out, ctl, s):  # type: ignore[no-untyped-def]
 # --- ids ------------------------------------------------------------------------------------------------------------------------------
 
 
-@_inner
+@_inline
 def _sync_ids(st, m):  # type: ignore[no-untyped-def]
     """Write the growing interval back from the hot row."""
     at = st.slot_i[m, EXT_AT]
@@ -600,7 +627,7 @@ def _sync_ids(st, m):  # type: ignore[no-untyped-def]
         st.ids[m, at, ID_HI_T] = st.hot_i[m, EXT_T]
 
 
-@_inner
+@_inline
 def _find_id(st, m, tid):  # type: ignore[no-untyped-def]
     """Index of the last interval that begins at or below ``tid``, or -1."""
     lo, hi = 0, st.slot_i[m, ID_COUNT]
@@ -613,7 +640,7 @@ def _find_id(st, m, tid):  # type: ignore[no-untyped-def]
     return lo - 1
 
 
-@_inner
+@_inline
 def _grow(st, m, at):  # type: ignore[no-untyped-def]
     """Let interval ``at`` be the one that grows in the hot row."""
     si, hot = st.slot_i, st.hot_i
@@ -641,7 +668,7 @@ def _forget_holes(st, m):  # type: ignore[no-untyped-def]
     si[m, ID_COUNT] = count
 
 
-@_inner
+@_inline
 def _add_id(st, m, tid, t):  # type: ignore[no-untyped-def]
     """Add an id that is in no interval."""
     ids, si = st.ids, st.slot_i
@@ -686,7 +713,7 @@ def _add_id(st, m, tid, t):  # type: ignore[no-untyped-def]
 # --- rows -----------------------------------------------------------------------------------------------------------------------------
 
 
-@_inner
+@_inline
 def _start_slot(st, s, open_us, t):  # type: ignore[no-untyped-def]
     """First trade of a slot: its open bars begin here."""
     levels = st.par[P_LEVELS]
@@ -705,7 +732,7 @@ def _start_slot(st, s, open_us, t):  # type: ignore[no-untyped-def]
             _clear(st.bar_i, s * st.par[P_ROWS] + k, first)
 
 
-@_inner
+@_inline
 def _end_gap(st, m, tid, t):  # type: ignore[no-untyped-def]
     """The first new trade after all sources of a symbol had ended: consecutive ids prove that nothing is missing in between."""
     si = st.slot_i
@@ -718,7 +745,7 @@ def _end_gap(st, m, tid, t):  # type: ignore[no-untyped-def]
         si[m, GAP_TO] = t
 
 
-@_inner
+@_inline
 def _see(st, s, m, tid, t):  # type: ignore[no-untyped-def]
     """Note an accepted trade of slot ``s`` in the ids of its symbol's slot ``m``."""
     if s == m:
@@ -728,7 +755,7 @@ def _see(st, s, m, tid, t):  # type: ignore[no-untyped-def]
         st.hot_i[m, EXT_LIMIT] = -1  # still open: look again at the next trade
 
 
-@_inner
+@_inline
 def _slow_row(st, out, ctl, s, newcomer, t, tid, price, size, buy, receive):  # type: ignore[no-untyped-def]
     """A trade that is not the next one of its symbol in the open bar. Returns (action, slot whose open bar takes it)."""
     si, hot = st.slot_i, st.hot_i
@@ -813,7 +840,7 @@ def _reject(out, ctl, row, reason):  # type: ignore[no-untyped-def]
     ctl[C_REJECTED] = n + 1
 
 
-@_inner
+@_inline
 def _rows(st, out, rows, code_map, ctl):  # type: ignore[no-untyped-def]
     """Add the frame's rows from ``ctl[C_POS]`` on."""
     hot, hot_f = st.hot_i, st.hot_f
@@ -827,6 +854,14 @@ def _rows(st, out, rows, code_map, ctl):  # type: ignore[no-untyped-def]
     n = rows.code.shape[0]
     i = ctl[C_POS]
     while i < n:
+        if i + AHEAD < n:
+            # With thousands of symbols the next rows are not in the first cache: fetch them while this one is worked on.
+            c = rows.code[i + AHEAD]
+            if 0 <= c < symbols and code_map[c] >= 0:
+                word = (code_map[c] & SLOT_MASK) * HOT_WORDS
+                _prefetch(hot, word)
+                _prefetch(hot, word + 8)
+                _prefetch(hot, word + 16)
         c = rows.code[i]
         price, size, t, tid, receive = rows.price[i], rows.size[i], rows.time[i], rows.trade_id[i], rows.receive[i]
         if not (
@@ -899,7 +934,7 @@ def _rows(st, out, rows, code_map, ctl):  # type: ignore[no-untyped-def]
 # --- live rows and the end of a source ------------------------------------------------------------------------------------------------
 
 
-@_inner
+@_inline
 def _write_open(st, out, ctl, s, ending):  # type: ignore[no-untyped-def]
     """Write the open bars of every level: live rows, or the last ones of a source that has ended."""
     levels = st.par[P_LEVELS]
@@ -996,12 +1031,13 @@ def _end_slots(st, out, ctl, ended):  # type: ignore[no-untyped-def]
         s = ended[ctl[C_POS]]
         if si[s, STARTED]:
             t = max(ctl[C_WATERMARK], hot[s, OPEN])
-            need = _rows_to_close(st, s, t) + st.par[P_LEVELS] + 2 * st.par[P_REVISABLE]
+            _set_floors(st, out, t)
+            need = _rows_to_close(st, out, s) + st.par[P_LEVELS] + 2 * st.par[P_REVISABLE]
             if ctl[C_OUT] + need > out.i8.shape[1]:
                 ctl[C_NEED] = need
                 return NEED_OUT
             _flush(st, out, ctl, s)
-            _close_slot(st, out, ctl, s, t)
+            _close_slot(st, out, ctl, s)
             _write_open(st, out, ctl, s, True)
             if hot[s, LIVE_STATE] == WAITING:
                 hot[s, LIVE_STATE] = DROPPED
@@ -1050,18 +1086,20 @@ def step_rest(st, out, members, ended, ctl):  # type: ignore[no-untyped-def]
             return status
         ctl[C_STAGE], ctl[C_POS] = 2, 0
     if ctl[C_STAGE] == 2:
-        t = ctl[C_WATERMARK]
+        _set_floors(st, out, ctl[C_WATERMARK])
         while ctl[C_POS] < members.shape[0]:
             s = members[ctl[C_POS]]
-            if st.slot_i[s, STARTED] and t - t % st.par[P_BASE] > st.slot_i[s, SLOT_INTS]:
-                need = _rows_to_close(st, s, t)
-                if st.slot_i[s, REV_FROM] != MAX64:
+            if st.slot_i[s, STARTED] and out.floors[0] > st.slot_i[s, SLOT_INTS]:
+                need = _rows_to_close(st, out, s)
+                revised = st.slot_i[s, REV_FROM] != MAX64
+                if revised:
                     need += st.par[P_REVISABLE]
                 if ctl[C_OUT] + need > out.i8.shape[1]:
                     ctl[C_NEED] = need
                     return NEED_OUT
-                _flush(st, out, ctl, s)
-                _close_slot(st, out, ctl, s, t)
+                if revised:
+                    _flush(st, out, ctl, s)
+                _close_slot(st, out, ctl, s)
             ctl[C_POS] += 1
         ctl[C_STAGE], ctl[C_POS] = 3, 0
     if ctl[C_STAGE] == 3:

@@ -101,7 +101,14 @@ BAR_COLUMNS: Final = (
 )
 """Columns of a bars frame, in order."""
 
+_NO_BARS: Final[dict[str, Array]] = {
+    name: np.zeros(0, np.int64 if name in _BAR_I8 else np.int32 if name in _BAR_I4 else np.int8 if name in _BAR_I1 else np.float64)
+    for name in BAR_COLUMNS
+}
+_NO_REJECTED: Final[dict[str, Array]] = {"row": np.zeros(0, np.int64), "reason": np.zeros(0, np.int8)}
 _MIN_OUT_ROWS: Final = 4096
+_PAD_ROWS: Final = 72
+"""Keeps the columns of a buffer from lying a power of two apart, where all 19 would fall into the same few sets of the cache."""
 _KEEP_OUT_ROWS: Final = 262_144
 """Output buffers above this (34 MB) are given back after the call that needed them."""
 _NO_SLOTS: Final = np.zeros(0, np.int32)
@@ -334,17 +341,18 @@ class BarEngine:
             slots = out.code_list[:codes]
             out.code_of[slots] = -1
             symbols = tuple([self._names[slot] for slot in slots.tolist()])
-        i8, i4, i1, f8 = (matrix[:, :n].copy() for matrix in (out.i8, out.i4, out.i1, out.f8))
-        found = dict(zip(_BAR_I8, i8, strict=True))
-        found.update(zip(_BAR_I4, i4, strict=True))
-        found.update(zip(_BAR_I1, i1, strict=True))
-        found.update(zip(_BAR_F8, f8, strict=True))
+        bars = dict(_NO_BARS)
+        if n:
+            for names, matrix in ((_BAR_I8, out.i8), (_BAR_I4, out.i4), (_BAR_I1, out.i1), (_BAR_F8, out.f8)):
+                bars.update(zip(names, matrix[:, :n].copy(), strict=True))
         if out.i8.shape[1] > _KEEP_OUT_ROWS:
             self._make_scratch(_MIN_OUT_ROWS)
         return BarBatches(
             symbols=symbols,
-            bars={name: found[name] for name in BAR_COLUMNS},
-            rejected={"row": out.rejected_row[:rejected].copy(), "reason": out.rejected_reason[:rejected].copy()},
+            bars=bars,
+            rejected={"row": out.rejected_row[:rejected].copy(), "reason": out.rejected_reason[:rejected].copy()}
+            if rejected
+            else dict(_NO_REJECTED),
             watermark_us=self._watermark_us,
             accepted=int(ctl[k.C_ACCEPTED]),
             duplicates=int(ctl[k.C_DUPLICATES]),
@@ -433,16 +441,17 @@ class BarEngine:
     def _make_scratch(self, rows: int) -> None:
         capacity = len(self._state.hot_i)
         self._out = k.Out(
-            i8=np.empty((len(_BAR_I8), rows), np.int64),
-            i4=np.empty((len(_BAR_I4), rows), np.int32),
-            i1=np.empty((len(_BAR_I1), rows), np.int8),
-            f8=np.empty((len(_BAR_F8), rows), np.float64),
+            i8=np.empty((len(_BAR_I8), rows + _PAD_ROWS), np.int64),
+            i4=np.empty((len(_BAR_I4), rows + _PAD_ROWS), np.int32),
+            i1=np.empty((len(_BAR_I1), rows + _PAD_ROWS), np.int8),
+            f8=np.empty((len(_BAR_F8), rows + _PAD_ROWS), np.float64),
             code_of=np.full(capacity, -1, np.int32),
             code_list=np.empty(capacity, np.int32),
             rejected_row=np.empty(1024, np.int64),
             rejected_reason=np.empty(1024, np.int8),
             touched=np.empty(capacity, np.int32),
             revised=np.empty(capacity, np.int32),
+            floors=np.zeros(len(self.config.timeframes), np.int64),
         )
 
     def _room_for_rejects(self, rows: int) -> None:
@@ -453,7 +462,7 @@ class BarEngine:
     def _more_out(self, rows: int) -> None:
         """Output buffers of at least ``rows`` rows, with what they hold."""
         out, used = self._out, int(self._ctl[k.C_OUT])
-        size = 1 << (rows - 1).bit_length()
+        size = (1 << (rows - 1).bit_length()) + _PAD_ROWS
         grown = {}
         for name in ("i8", "i4", "i1", "f8"):
             old = getattr(out, name)
