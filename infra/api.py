@@ -5,10 +5,13 @@ Real clients behind the interfaces of ``api.deps``: ClickHouse and PostgreSQL in
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
@@ -97,6 +100,11 @@ class ApiServer(uvicorn.Server):
         super().__init__(config)
         self._api = api
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to :func:`serve`: uvicorn would raise them again at the end, and a clean stop would look like a crash."""
+        yield
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Announce, then shut down."""
         for server in getattr(self, "servers", []):
@@ -157,7 +165,10 @@ async def serve(settings: Settings) -> None:
     with listener:
         api = await build(settings)
         config = server_config(api, host=settings.api.host, port=settings.api.port)
-        await ApiServer(config, api).serve(sockets=[listener])
+        server = ApiServer(config, api)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, server.handle_exit, number, None)
+        await server.serve(sockets=[listener])
 
 
 def main() -> int:
