@@ -32,8 +32,8 @@ class Shell:
     environ: dict[str, str]
     pids: dict[str, int] = field(default_factory=dict)
 
-    def run(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        """One command to its end."""
+    def run(self, *arguments: str, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
+        """One command to its end. The first `up` of a changed checkout compiles the kernels, which takes a minute of two idle cores."""
         command = [sys.executable, "-m", "infra.cli.main", *arguments]
         return subprocess.run(command, cwd=ROOT, env=self.environ, capture_output=True, text=True, timeout=timeout_s, check=False)
 
