@@ -10,7 +10,6 @@ import time
 from typing import Any, Final
 
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
-from processors.bars import BarConfig
 from prometheus_client import Counter, Gauge
 
 from infra.errors import MarketstreamError
@@ -20,6 +19,7 @@ from infra.logs import setup_logging
 from infra.registry_client import RegistryClient
 from infra.seam import SystemClock
 from infra.settings import Settings, load_settings
+from processors.bars import BarConfig
 from schemas.codec import decode_learning
 from schemas.topics import TOPICS
 from streams.bar_shard import BarCodecs

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from processors.bars import REJECT_REASONS, BarBatches, BarConfig, BarEngine
 
+from processors.bars import REJECT_REASONS, BarBatches, BarConfig, BarEngine
 from schemas.codec import FrameCodec, RowCodec, decode_learning
 from schemas.errors import DecodeError
 from schemas.frames import Frame

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 from processors.bars import BarConfig
-
 from schemas.seam import Clock
 from streams.bar_shard import BarCodecs, BarShard
 from streams.errors import StateError

@@ -21,7 +21,6 @@ from pathlib import Path
 import msgspec
 import polars as pl
 import pytest
-from processors.bars import build
 
 from infra.cli.processes import specs
 from infra.clickhouse.client import connect
@@ -32,6 +31,7 @@ from infra.provision import provision
 from infra.replay import replay_file
 from infra.settings import Settings, load_settings
 from infra.stack.supervisor import Stack
+from processors.bars import build
 from schemas.timeframes import TIMEFRAMES
 from tests.integration.conftest import process_environ
 
