@@ -148,7 +148,7 @@ class Batcher:
         for start in range(0, rows, self._frame_rows):
             stop = min(start + self._frame_rows, rows)
             part = {name: column[start:stop] for name, column in columns.items()} if rows > self._frame_rows else columns
-            present = np.unique(part["symbol_code"])
+            present = np.flatnonzero(np.bincount(part["symbol_code"]))  # 3 us; np.unique sorts and costs 30
             self._remap[present] = np.arange(len(present), dtype=np.int32)
             part = {**part, "symbol_code": self._remap[part["symbol_code"]]}
             # only the last frame may carry the new watermark: the rows of the later ones are still to come
@@ -157,7 +157,9 @@ class Batcher:
             else:
                 promised = self._promised[partition] or 0  # 0: nothing is promised yet
             frames.append(
-                Frame(source=self.source, watermark_us=promised, symbols=tuple(self._keys[code] for code in present), columns=part)
+                Frame(
+                    source=self.source, watermark_us=promised, symbols=tuple([self._keys[code] for code in present.tolist()]), columns=part
+                )
             )
         return frames
 

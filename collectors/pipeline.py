@@ -175,7 +175,7 @@ class Pipeline:
             columns = {name: column[keep] for name, column in columns.items()}
             receive_us = receive_us[keep]
         if len(receive_us):
-            self.stale.observe(np.unique(columns["symbol_code"]).astype(np.int64), mono_us)
+            self.stale.observe(np.flatnonzero(np.bincount(columns["symbol_code"])), mono_us)
             self.stats.last_exchange_time_us = max(self.stats.last_exchange_time_us, int(columns["exchange_time_us"].max()))
             self.stats.last_receive_time_us = int(receive_us[-1])
         self._add_rows(columns, receive_us, mono_us)

@@ -6,19 +6,21 @@ requests, and what was rejected with the reason. Bytes in, :class:`Parsed` out; 
 Binance spot numbers the trades of a symbol consecutively, so a hole is a loss. On USD-M the same counter also numbers fills that
 are not published (and those with ``X`` other than MARKET: insurance fund, auto-deleveraging, ``NA``), so holes there are no losses.
 
-Speed: one msgspec call per message into a slim struct (decimal text straight to float64), then one pass per column into
-``array.array``. Measured 680 ns a trade against 490 ns for a bare decode into a struct of the documented fields.
+Speed: a compiled kernel reads messages in the exact form the venue sends them; whatever looks different goes through msgspec, message by
+message. Measured: 340 ns a trade, beside 450 ns for a bare msgspec decode into a struct of the documented fields.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
 
+from collectors.binance._kernel import OFF_MARKET, READ, read_trades, stream_hash
 from collectors.binance.messages import AggTrade, AggTradeEnvelope, AnyMessage, EventKind, Trade, TradeEnvelope
 from collectors.wire import Array, Parsed, Rejected, Reply
 from schemas.timeframes import MAX_TIME_US, MIN_TIME_US
@@ -52,20 +54,72 @@ class BinanceMapper:
         self.kind = kind
         self._has_x = has_execution_type and kind == "trade"
         self._decode: Callable[[bytes], Any] = _DECODERS[kind]
+        self._event = np.frombuffer(kind.encode(), np.uint8)
+        self._id_key = ord("t" if kind == "trade" else "a")
         self._codes: dict[str, int] = {}
+        self._table: tuple[Array, Array, Array, Array] | None = None  # slots, names, bounds, codes; None: to be built
 
     def bind(self, stream: str, code: int) -> None:
         """From now on messages of ``stream`` (``btcusdt@trade``) are rows of symbol ``code``."""
-        self._codes[stream] = code
+        if self._codes.get(stream) != code:
+            self._codes[stream] = code
+            self._table = None
 
     def parse(self, messages: Sequence[bytes]) -> Parsed:
         """All trades in ``messages`` in order, and what else was among them. Never raises on what the venue sends."""
-        decode = self._decode
-        try:
-            envelopes = [decode(message) for message in messages]
-            return self._to_columns(envelopes, None)
-        except _FAULTS:
-            return self._parse_slowly(messages)
+        count = len(messages)
+        columns: dict[str, Array] = {
+            "symbol_code": np.empty(count, np.int32),
+            "trade_id": np.empty(count, np.int64),
+            "price": np.empty(count, np.float64),
+            "size": np.empty(count, np.float64),
+            "side": np.empty(count, np.int8),
+            "exchange_time_us": np.empty(count, np.int64),
+        }
+        verdict = np.empty(count, np.int8)
+        data = np.frombuffer(b"".join(messages), np.uint8)
+        stops = np.cumsum(np.frombuffer(array("q", map(len, messages)), np.int64))
+        found = read_trades(data, stops, self._event, self._id_key, *(self._table or self._build_table()), *columns.values(), verdict)
+        index = np.arange(count, dtype=np.int32)
+        if found == count:
+            return Parsed(columns, index)
+        return self._with_the_rest(messages, columns, index, verdict)
+
+    def _with_the_rest(self, messages: Sequence[bytes], columns: dict[str, Array], index: Array, verdict: Array) -> Parsed:
+        """The kernel's rows and what the general parser makes of the other messages, in order."""
+        read = verdict == READ
+        parsed = Parsed({name: column[read] for name, column in columns.items()}, index[read])
+        off_market = verdict == OFF_MARKET
+        # spot trades have no execution type; one that came with X nevertheless is read by the general parser, which ignores the field
+        rest = index[~read & ~off_market] if self._has_x else index[~read]
+        if self._has_x:
+            parsed.ignored = int(np.count_nonzero(off_market))
+        if len(rest) == 0:
+            return parsed
+        other = self._parse_slowly([messages[place] for place in rest.tolist()])
+        parsed.replies = other.replies
+        parsed.ignored += other.ignored
+        parsed.rejected = [replace(item, index=int(rest[item.index])) for item in other.rejected]
+        if other.row_count:
+            both = np.concatenate([parsed.message_index, rest[other.message_index]])
+            order = np.argsort(both, kind="stable")
+            parsed.columns = {name: np.concatenate([column, other.columns[name]])[order] for name, column in parsed.columns.items()}
+            parsed.message_index = both[order]
+        return parsed
+
+    def _build_table(self) -> tuple[Array, Array, Array, Array]:
+        """The hash table of streams for the kernel; at most half full, so that a look-up ends after a step or two."""
+        encoded = [stream.encode() for stream in self._codes]
+        names = np.frombuffer(b"".join(encoded) or b"\0", np.uint8)
+        bounds = np.concatenate([[0], np.cumsum([len(name) for name in encoded])]).astype(np.int64)
+        slots = np.full(max(4, 1 << (2 * len(encoded)).bit_length()), -1, np.int32)
+        for number in range(len(encoded)):
+            slot = stream_hash(names, bounds[number], bounds[number + 1]) & (len(slots) - 1)
+            while slots[slot] >= 0:
+                slot = (slot + 1) & (len(slots) - 1)
+            slots[slot] = number
+        self._table = slots, names, bounds, np.array(list(self._codes.values()), np.int32)
+        return self._table
 
     def _parse_slowly(self, messages: Sequence[bytes]) -> Parsed:
         """Message by message: at least one is no trade."""

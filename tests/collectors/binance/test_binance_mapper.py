@@ -196,3 +196,71 @@ def test_prices_are_the_nearest_doubles() -> None:
     parsed = mapper().parse(messages)
     assert parsed.columns["price"].tolist() == [float(text) for text in texts]
     assert parsed.columns["size"].tolist() == [float(text) for text in texts]
+
+
+_TEXTS = st.sampled_from(
+    [
+        "0", "1", "00", "01", "1.", ".5", "0.5", "00.5", "1.50000000", "61837.63000000", "-1", "+1", "1e3", "1E-3", " 1", "1 ", "", "nan", "inf",
+        "9007199254740993", "900719925474099.3", "123456789012345678", "1234567890123456789", "0.000000000000000001", "0.1234567890123456789",
+        "1_0", "1.2.3", "\u0661", "true", "0x10", "18014398509481985", "0.30000000000000004",
+    ]
+)  # fmt: skip
+_NUMBERS = st.sampled_from(
+    ["0", "1", "-1", "01", "1.0", "1e3", "3735683259", "999999999999999999", "1000000000000000000", "9223372036854775807", "4611686018427387904",
+     "18446744073709551616", "1723161255342", "1723161255", "1723161255342000", "1230767999999", "1230768000000", "4102444799999", "4102444800000",
+     "true", "null", '"5"', '"x"', "[]", "{}", ""]
+)  # fmt: skip
+_OTHERS = st.sampled_from(
+    ['"E":1', '"s":"BTCUSDT"', '"M":true', '"M":false', '"b":88', '"a":50', '"z":null', '"z":"a\\"b"', '"z":[1]', '"z":{"p":"1"}', '"z":1.5', '"z":-1',
+     '"z":01', '"zz":1', '"":1', '"p":"7"', '"t":9', '"e":"trade"', '"e":"aggTrade"', '"X":"MARKET"', '"X":"NA"', '"X":5', '"z":"\u00e9"', '"z":tru', '1:2']
+)  # fmt: skip
+
+
+@st.composite
+def almost_trades(draw: st.DrawFn) -> bytes:
+    """Trade messages with odd values, keys, orders and spaces."""
+    price = draw(_TEXTS)
+    fields = [
+        f'"t":{draw(st.one_of(st.just("12"), _NUMBERS))}',
+        draw(st.sampled_from([f'"p":"{price}"', f'"p":{price}'])),
+        f'"q":"{draw(st.one_of(st.just("0.02000000"), _TEXTS))}"',
+        f'"T":{draw(st.one_of(st.just("1723161255342"), _NUMBERS))}',
+        draw(st.sampled_from(['"m":true', '"m":true', '"m":false', '"m":1', '"m":null', '"m":tru'])),
+        *draw(st.lists(_OTHERS, max_size=2)),
+    ]
+    if draw(st.integers(0, 3)) == 0:
+        fields = draw(st.permutations(fields))
+    if draw(st.integers(0, 9)) == 0:
+        fields.pop()
+    comma = draw(st.sampled_from([",", ",", ",", ", ", " ,", ",,"]))
+    head = draw(
+        st.sampled_from(['{"stream":"btcusdt@trade","data":{"e":"trade",'] * 6 + ['{ "stream":"btcusdt@trade","data":{"e":"trade",', "{"])
+    )
+    tail = draw(st.sampled_from(["}}"] * 6 + ["} }", "}", "}}}", "}} ", ',"x":1}}', '},"x":1}']))
+    return (head + comma.join(fields) + tail).encode()
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(almost_trades(), min_size=1, max_size=6), st.booleans())
+def test_the_compiled_reader_and_the_general_parser_agree(messages: list[bytes], usdm: bool) -> None:
+    """Whatever the compiled reader takes, it takes as the general parser does, to the last bit."""
+    made = mapper(usdm=usdm)
+    fast, general = made.parse(messages), made._parse_slowly(messages)
+    assert rows(fast) == rows(general)
+    assert fast.message_index.tolist() == general.message_index.tolist()
+    assert [(item.index, item.reason) for item in fast.rejected] == [(item.index, item.reason) for item in general.rejected]
+    assert fast.ignored == general.ignored
+    assert fast.replies == general.replies
+
+
+def test_hundreds_of_streams_are_told_apart() -> None:
+    """The table of streams grows with what is bound, also after messages were read."""
+    made = BinanceMapper("trade")
+    for code in range(700):
+        made.bind(f"s{code}usdt@trade", code)
+        if code % 100 == 0:
+            message = SPOT.replace(b"btcusdt", f"s{code}usdt".encode())
+            assert made.parse([message]).columns["symbol_code"].tolist() == [code]
+    messages = [SPOT.replace(b"btcusdt", f"s{code}usdt".encode()) for code in range(700)]
+    assert made.parse(messages).columns["symbol_code"].tolist() == list(range(700))
+    assert made.parse([SPOT]).rejected[0].reason == "unknown_stream"
