@@ -195,7 +195,7 @@ def _convert(item: Option, value: Any, where: str) -> Any:
         return value
     if get_origin(kind) is tuple:
         parts = value if isinstance(value, list) else str(value).split(",")
-        return tuple(str(part).strip() for part in parts if str(part).strip())
+        return tuple(_to_text(item, str(part).strip(), where) for part in parts if str(part).strip())
     if kind is bool:
         return _to_bool(item, value, where)
     if kind in (int, float):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from infra.errors import SettingsError
 from infra.options import PREFIX, Option, declared, option, resolve
+from schemas.timeframes import TIMEFRAME_SECONDS, TIMEFRAMES
 
 DEFAULT_FILE = "marketstream.toml"
 MASK = "***"
@@ -29,6 +30,10 @@ def _name_check(value: str) -> str | None:
 
 def _identifier_check(value: str) -> str | None:
     return None if value.isidentifier() and value.isascii() and len(value) <= 63 else "a plain name (letters, digits, _)"
+
+
+def _timeframe_check(value: str) -> str | None:
+    return None if value in TIMEFRAME_SECONDS else f"any of {', '.join(TIMEFRAMES)}"
 
 
 def _url_check(value: str) -> str | None:
@@ -161,6 +166,7 @@ class WorkerSettings:
 
     count: int = option(1, "worker processes; partitions are shared between them", low=1, high=64)
     snapshot_interval_s: float = option(1.0, "seconds between state snapshots; bounds what is replayed after a crash", low=0.05, high=60)
+    timeframes: tuple[str, ...] = option(TIMEFRAMES, "timeframes of the bars it makes, comma separated", check=_timeframe_check)
     live_update_ms: int = option(250, "milliseconds between updates of an open bar", low=10, high=60_000)
     session_timeout_s: float = option(10.0, "seconds after which the broker gives a dead worker's partitions away", low=6, high=300)
     health_port: int = option(

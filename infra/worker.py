@@ -101,7 +101,7 @@ def bar_codecs(registry: RegistryClient) -> BarCodecs:
 
 def bar_config(settings: Settings) -> BarConfig:
     """The bar settings of this stack."""
-    return BarConfig(live_interval_us=settings.worker.live_update_ms * 1000)
+    return BarConfig(timeframes=settings.worker.timeframes, live_interval_us=settings.worker.live_update_ms * 1000)
 
 
 def build_runner(settings: Settings, registry: RegistryClient) -> BarRunner:

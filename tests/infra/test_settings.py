@@ -77,6 +77,7 @@ def test_a_child_process_gets_exactly_the_same_settings(tmp_path: Path, monkeypa
         ({"MARKETSTREAM_CLICKHOUSE_DATABASE": "a;drop"}, ["MARKETSTREAM_CLICKHOUSE_DATABASE", "plain name"]),
         ({"MARKETSTREAM_API_PORT": "1", "MARKETSTREAM_PORT_API": "2"}, ["api.port", "ports.api", "differ"]),
         ({"MARKETSTREAM_WORKER_SNAPSHOT_INTERVAL_S": "nan"}, ["MARKETSTREAM_WORKER_SNAPSHOT_INTERVAL_S", "0.05 to 60"]),
+        ({"MARKETSTREAM_WORKER_TIMEFRAMES": "1m,5x"}, ["MARKETSTREAM_WORKER_TIMEFRAMES", "5x", "15m"]),
         ({"MARKETSTREAM_CONFIG": "/does/not/exist.toml"}, ["/does/not/exist.toml", "No such file"]),
     ],
 )
