@@ -253,7 +253,12 @@ def link_project(root: str, python: str) -> None:
             stream.write(content)
     command = os.path.join(os.path.dirname(python), script)
     with open(command, "w", encoding="utf-8") as stream:
-        stream.write("#!{}\nimport sys\n\nfrom {} import {}\n\nsys.exit({}())\n".format(python, module, function, function))
+        # guarded: a process that multiprocessing spawns imports this file again
+        stream.write(
+            "#!{}\nimport sys\n\nfrom {} import {}\n\nif __name__ == '__main__':\n    sys.exit({}())\n".format(
+                python, module, function, function
+            )
+        )
     os.chmod(command, 0o755)
 
 

@@ -88,6 +88,8 @@ def _show(output: Output, result: dict[str, Any]) -> None:
     output.table((result["name"], "median", "unit", "spread"), table)
     for name, value, _, _ in rows(result["ratios"]):
         output.line(f"  {name}: {_number(value)}x")
+    for note in result.get("notes", ()):
+        output.line(f"  {note}")
     output.line("")
 
 

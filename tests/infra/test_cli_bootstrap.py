@@ -105,6 +105,26 @@ def test_bootstrap_can_be_read_by_python_3_6() -> None:
     ast.parse((ROOT / "infra" / "bootstrap.py").read_text("utf-8"), feature_version=(3, 6))
 
 
+def test_command_is_installed_without_build_tools(tmp_path: Path) -> None:
+    """The checkout becomes importable and gets its command; the command is guarded for processes that multiprocessing spawns."""
+    (tmp_path / "with space").mkdir()
+    root = checkout(tmp_path / "with space")
+    (root / "infra" / "cli").mkdir()
+    (root / "infra" / "__init__.py").touch()
+    (root / "infra" / "cli" / "__init__.py").touch()
+    (root / "infra" / "cli" / "main.py").write_text("def main():\n    print('called')\n    return 3\n")
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    bootstrap.link_project(str(root), str(venv / "bin" / "python"))
+    done = subprocess.run([str(venv / "bin" / "marketstream")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "called\n"), done.stderr
+    code = "from importlib.metadata import version; print(version('marketstream')); import runpy; runpy.run_path(__import__('sys').argv[1])"
+    imported = subprocess.run(
+        [str(venv / "bin" / "python"), "-c", code, str(venv / "bin" / "marketstream")], capture_output=True, text=True, check=True
+    )
+    assert imported.stdout == "0.1.0\n"
+
+
 def test_unknown_set_is_refused() -> None:
     """A misspelt set names the known ones."""
     done = run(ROOT, "prod")
