@@ -780,15 +780,17 @@ def _slow_row(st, out, ctl, s, newcomer, t, tid, price, size, buy, receive):  # 
             bars = (limit - si[s, SLOT_INTS + k]) // st.timeframe[k]
             if bars > 0:
                 need += min(bars, _most_rows(st, s, k))
-        if need > 0:
-            # the rings are too small for all that waits for the watermark: the oldest bars close early
+        # the rings are too small for all that waits for the watermark: the oldest bars close early
+        displaced = need > 0
+        revised = si[s, REV_FROM] < open_us - (st.ring[0] - 1) * base
+        if displaced or revised:
             need += st.par[P_REVISABLE]
             if ctl[C_OUT] + need > out.i8.shape[1]:
                 ctl[C_NEED] = need
                 return _ACTION_NEED_OUT, s
             _flush(st, out, ctl, s)
         _advance(st, out, ctl, s, open_us)
-        if need > 0:
+        if displaced:
             for k in range(st.par[P_LEVELS]):
                 limit = open_us - open_us % st.timeframe[k] - (st.ring[k] - 1) * st.timeframe[k]
                 if limit > si[s, SLOT_INTS + k]:

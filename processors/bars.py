@@ -173,7 +173,8 @@ class _Source:
     def __init__(self) -> None:
         self.clock_us = 0
         self.first_clock_us = 0
-        self.skew_us = 0
+        # receive clock minus watermark when it last brought rows; None before
+        self.skew_us: int | None = None
         self.frame_number = 0
         self.slot_of: dict[str, int] = {}
         self.members: list[int] = []
@@ -240,7 +241,7 @@ class BarEngine:
         ctl = self._ctl
         before_us = source.clock_us
         watermark_us = max(before_us, self._usable_watermark(frame.watermark_us, rows))
-        if not count and watermark_us > 0 and source.skew_us:
+        if not count and source.skew_us is not None:
             ctl[k.C_CLOCK] = max(int(ctl[k.C_CLOCK]), watermark_us + source.skew_us)
         ending = bool(frame.flags & END_OF_SOURCE)
         if ending:
@@ -254,7 +255,7 @@ class BarEngine:
         crossed = watermark_us // self._base_us > before_us // self._base_us
         self._run(source, rows, frame.symbols, code_map, crossed, ending, before_us if known else 0)
         if count:
-            source.skew_us = int(ctl[k.C_CLOCK]) - watermark_us if watermark_us and ctl[k.C_CLOCK] else 0
+            source.skew_us = int(ctl[k.C_CLOCK]) - watermark_us if watermark_us and ctl[k.C_CLOCK] else None
             for code in source.newcomers:
                 source.slot_of[frame.symbols[code]] = int(code_map[code])
         self._watermark_us = max(self._watermark_us, watermark_us)
@@ -527,7 +528,7 @@ class BarEngine:
         for name, clock_us, first_clock_us, skew_us, frame_number, members, slot_of in head["sources"]:
             source = self._sources[_text(name)] = _Source()
             source.clock_us, source.first_clock_us = _index(clock_us, MAX_TIME_US), _index(first_clock_us, MAX_TIME_US)
-            source.skew_us = _index(skew_us, MAX_TIME_US, -MAX_TIME_US)
+            source.skew_us = None if skew_us is None else _index(skew_us, MAX_TIME_US, -MAX_TIME_US)
             source.frame_number = int(frame_number)
             source.members = [_index(slot, slots) for slot in members]
             source.slot_of = {_text(key): value for key, value in slot_of}
