@@ -17,6 +17,8 @@ from schemas.seam import Clock
 from schemas.symbols import check_exchange, check_symbol
 
 _US: Final = 1_000_000
+_MISS_TTL_US: Final = 250_000
+"""An unknown name may have begun to trade just now: look again, but at most four times a second whoever asks how often."""
 
 
 class Catalogue:
@@ -37,6 +39,8 @@ class Catalogue:
         self._lock = asyncio.Lock()
         self._known: dict[tuple[str, str], dict[str, Any]] = {}
         self._read_us: int | None = None
+        self._whole = False
+        """Both stores have answered."""
 
     async def listed(self) -> list[dict[str, Any]]:
         """Every instrument: exchange, symbol, what PostgreSQL says, first and last trade time (us) and trade count, null without trades.
@@ -44,9 +48,10 @@ class Catalogue:
         Raises StoreUnavailableError when either store does not answer: half a list would look like a whole one.
         """
         async with self._lock:
-            if not self._fresh():
+            if not (self._whole and self._fresh(self._ttl_us)):
                 stored = await self._symbols.symbols()
                 self._take(stored, await self._traded())
+                self._whole = True
         return list(self._known.values())
 
     async def check(self, exchange: str, symbol: str) -> None:
@@ -69,21 +74,20 @@ class Catalogue:
         hint = f"did you mean '{guess}'?" if guess else "GET /api/v1/symbols lists the known ones."
         raise Problem("unknown_symbol", f"Unknown symbol '{symbol}' of exchange '{exchange}': {hint}", nearest=guess)
 
-    def _fresh(self) -> bool:
-        return self._read_us is not None and self._clock.monotonic_us() - self._read_us < self._ttl_us
+    def _fresh(self, ttl_us: int) -> bool:
+        return self._read_us is not None and self._clock.monotonic_us() - self._read_us < ttl_us
 
     async def _refresh(self) -> None:
         """Read both stores, with whatever one of them knows."""
         async with self._lock:
-            if self._fresh():
+            if self._fresh(_MISS_TTL_US):
                 return
+            self._whole = True
             try:
                 stored = await self._symbols.symbols()
             except StoreUnavailableError:
-                stored = []
+                stored, self._whole = [], False
             self._take(stored, await self._traded())
-            if not stored:
-                self._read_us = None
 
     async def _traded(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []

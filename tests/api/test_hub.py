@@ -207,6 +207,26 @@ async def test_trades_sent_again_long_after_are_recognised_by_the_store() -> Non
     await hub.stop()
 
 
+@pytest.mark.parametrize("channel", ["bars", "trades"])
+async def test_late_rows_sent_twice_before_the_store_has_them_show_once(channel: str) -> None:
+    """A row older than what a series remembers, and again before the sink has stored it: the series remembers having shown it."""
+    kafka = MemoryKafka()
+    store = MemoryStore(kafka)
+    key = BARS if channel == "bars" else TRADES
+    for number in range(100, 140):
+        kafka.append(channel, bars_frame(KEY, [(number, 0, 1)]) if channel == "bars" else trades_frame(KEY, [number]))
+    store.catch_up(channel)
+    hub, _, limits = await start_hub(kafka, store, snapshot_bars=5, snapshot_trades=5)
+    reader = Reader(hub, key, limits)
+    await reader.start(limit=5)
+    for _ in range(3):
+        kafka.append(channel, bars_frame(KEY, [(3, 1, 1)]) if channel == "bars" else trades_frame(KEY, [3]))
+        kafka.hand(channel)
+        await reader.settle()
+    assert len(reader.final_rows()) == 1
+    await hub.stop()
+
+
 async def test_a_cursor_of_another_epoch_or_older_than_the_topic_is_lost() -> None:
     """Such a cursor cannot be continued exactly, and the hub says so instead of guessing."""
     kafka = MemoryKafka()
@@ -322,7 +342,24 @@ async def test_an_idle_series_is_forgotten_after_its_linger_time() -> None:
 
 
 STEPS = st.lists(
-    st.sampled_from(["produce", "produce", "produce", "again", "late", "hand", "hand1", "store", "connect", "leave", "restart", "yield"]),
+    st.sampled_from(
+        [
+            "produce",
+            "produce",
+            "produce",
+            "again",
+            "late",
+            "hand",
+            "hand1",
+            "store",
+            "connect",
+            "leave",
+            "restart",
+            "yield",
+            "foreign",
+            "other",
+        ]
+    ),
     min_size=10,
     max_size=80,
 )
@@ -347,6 +384,7 @@ async def _interleave(steps: list[str], random: Random, key: SeriesKey) -> None:
     received: list[tuple[int, int]] = []
     cursor: str | None = None
     counter = 0
+    others: list[asyncio.Task[None]] = []
 
     async def leave() -> None:
         nonlocal reader, starting, cursor, snapshot
@@ -385,6 +423,11 @@ async def _interleave(steps: list[str], random: Random, key: SeriesKey) -> None:
             kafka.hand(topic, count=1)
         elif step == "store":
             store.catch_up(topic, random.randint(1, 5))
+        elif step == "foreign":
+            other = "binance:ETH-USDT"
+            kafka.append(topic, bars_frame(other, [(counter, 0, 1)]) if topic == "bars" else trades_frame(other, [counter]))
+        elif step == "other":  # somebody else keeps the series warm, or starts it
+            others.append(asyncio.ensure_future(Reader(hub, key, limits).start()))
         elif step == "connect" and reader is None:
             reader = Reader(hub, key, limits)
             starting = asyncio.ensure_future(reader.start(cursor, 5))
@@ -392,6 +435,7 @@ async def _interleave(steps: list[str], random: Random, key: SeriesKey) -> None:
             await leave()
         elif step == "restart":
             await leave()
+            await _cancel(others)
             await hub.stop()
             kafka.handed[(topic, 0)] = random.randint(0, len(kafka.log(topic)))
             hub, _, limits = await start_hub(kafka, store, **small)
@@ -404,8 +448,16 @@ async def _interleave(steps: list[str], random: Random, key: SeriesKey) -> None:
     starting = asyncio.ensure_future(reader.start(cursor, 5))
     await asyncio.wait_for(starting, 5)
     await leave()
+    await _cancel(others)
     await hub.stop()
     _check(kafka, key, snapshot or [], received)
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    tasks.clear()
 
 
 def _check(kafka: MemoryKafka, key: SeriesKey, snapshot: list[tuple[int, int]], received: list[tuple[int, int]]) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import httpx
 import pyarrow as pa
 import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
@@ -31,7 +33,8 @@ from infra.settings import Settings
 from infra.stack.kafka import free_ports
 from schemas.frames import Frame
 from schemas.partitions import partition_of
-from tests.api.support import bars_frame, trades_frame
+from schemas.topics import TOPICS
+from tests.api.support import bar_open_us, bars_frame, trades_frame
 from tests.integration.conftest import RunningStack
 
 SYMBOL = "binance/BTC-USDT"
@@ -172,10 +175,11 @@ class Follower:
     received: list[dict[str, Any]] = field(default_factory=list)
     cursor: str = ""
     connects: int = 0
-    resets: int = 0
+    last: int = -1
+    """Key of the last row there will be."""
 
     async def run(self, done: asyncio.Event) -> None:
-        """Follow until ``done`` is set and nothing came for two seconds."""
+        """Follow until ``done`` is set, ``last`` has come and nothing came for two seconds."""
         await self._read_history()
         while True:
             try:
@@ -212,7 +216,7 @@ class Follower:
             try:
                 message = json.loads(await asyncio.wait_for(socket.recv(), 2))
             except TimeoutError:
-                if done.is_set():
+                if done.is_set() and any(row.get("trade_id", row.get("open_time_us")) == self.last for row in self.received):
                     return True
                 continue
             assert message["type"] != "error", message
@@ -254,8 +258,11 @@ async def test_history_and_stream_join_exactly_once_through_disconnects_and_rest
             api.stop("api", number)
             api.start("api")
         await market.produce(300, 0.01)
+    for follower in followers:
+        follower.last = market.next_id - 1 if follower.request["channel"] == "trades" else bar_open_us(market.bar - 1, 1)
     done.set()
-    await asyncio.gather(*tasks)
+    async with asyncio.timeout(90):
+        await asyncio.gather(*tasks)
     await market.wait_stored(settings)
     market.close()
     ids = [row[0] for row in _stored(settings, "SELECT trade_id FROM trades WHERE symbol = 'BTC-USDT' ORDER BY trade_id")]
@@ -312,3 +319,64 @@ async def test_formats_agree_and_pages_join(api: RunningApi) -> None:
         assert symbols["ETH-USDT"]["trade_count"] == market.next_id - 1
         assert symbols["ETH-USDT"]["first_trade_time_us"] < symbols["ETH-USDT"]["last_trade_time_us"]
         assert (await http.get("/api/v1/bars/binance/ETH-USDT?timeframe=1d")).json()["bars"] == []
+
+
+async def test_a_cursor_the_topic_no_longer_holds_gets_reset_then_a_snapshot(api: RunningApi) -> None:
+    """After retention deleted what a cursor needs, the stream says so and starts anew on the same subscription."""
+    market = Market(api.settings, "SOL-USDT", 3)
+    await market.produce(200)
+    await market.wait_stored(api.settings)
+    request = {"op": "subscribe", "channel": "bars", "exchange": "binance", "symbol": "SOL-USDT", "timeframe": "1s"}
+    async with connect(api.stream) as socket:
+        await socket.send(json.dumps({**request, "id": 1}))
+        old = await _hear(socket, "snapshot")
+    await market.produce(1500)
+    await market.wait_stored(api.settings)
+    market.close()
+    partition = partition_of("binance:SOL-USDT", api.settings.kafka.partitions)
+    topic = TOPICS["bars"].full_name(api.settings.kafka.topic_prefix)
+    ends = end_offsets(api.settings.kafka, ("bars",))["bars"]
+    admin = AdminClient(api.settings.kafka.client_config())
+    for future in admin.delete_records([TopicPartition(topic, partition, ends[partition])]).values():
+        future.result(20)
+    api.stop("api")  # otherwise the log kept in memory would serve it
+    api.start("api")
+    api.wait_ready()
+    async with connect(api.stream) as socket:
+        await socket.send(json.dumps({**request, "id": 2, "from": old["cursor"]}))
+        reset = await _hear(socket, "reset")
+        assert "no longer holds" in reset["data"]["reason"]
+        snapshot = await _hear(socket, "snapshot")
+        assert [row["trade_count"] for row in snapshot["data"] if row["is_final"]][-1] == market.bar - 1
+
+
+async def test_the_stream_goes_on_by_itself_after_kill_9_of_the_broker(api: RunningApi, stack: RunningStack) -> None:
+    """The broker dies and comes back: connected clients miss and repeat nothing, and readiness tells the story."""
+    market = Market(api.settings, "XRP-USDT", 4)
+    await market.produce(100)
+    await market.wait_stored(api.settings)
+    async with connect(api.stream) as socket:
+        await socket.send(json.dumps({"op": "subscribe", "id": 1, "channel": "trades", "exchange": "binance", "symbol": "XRP-USDT"}))
+        seen = [row["trade_id"] for row in (await _hear(socket, "snapshot"))["data"]]
+        (pid,) = [status.pid for status in stack.supervisor.status() if status.name == "kafka"]
+        os.kill(pid, signal.SIGKILL)
+        async with httpx.AsyncClient(base_url=api.url, timeout=10) as http:
+            assert (await http.get("/api/v1/trades/binance/XRP-USDT")).status_code == 200
+            until = time.monotonic() + 60
+            while (answer := await http.get("/readyz")).status_code != 200:
+                assert not answer.json()["checks"]["kafka"]["ok"]
+                assert time.monotonic() < until, answer.text
+                await asyncio.sleep(0.2)
+        await market.produce(300)
+        market.close()
+        while not seen or seen[-1] != market.next_id - 1:
+            seen += [row["trade_id"] for row in (await _hear(socket, "update"))["data"]]
+    assert seen == list(range(seen[0], market.next_id))
+
+
+async def _hear(socket: ClientConnection, kind: str) -> dict[str, Any]:
+    while True:
+        message: dict[str, Any] = json.loads(await asyncio.wait_for(socket.recv(), 30))
+        assert message["type"] != "error", message
+        if message["type"] == kind:
+            return message
