@@ -3,10 +3,10 @@
 import ast
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -49,12 +49,18 @@ def test_second_run_returns_at_once(tmp_path: Path) -> None:
     root = checkout(tmp_path)
     (root / ".venv").mkdir()
     (root / ".venv" / "ready.dev").write_text(bootstrap.fingerprint(str(root), "dev"))
-    took = []
+    used = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = children_cpu_s()
         assert run(root, "run").returncode == 0
-        took.append(time.perf_counter() - started)
-    assert min(took) < 0.05, took
+        used.append(children_cpu_s() - before)
+    assert min(used) < 0.05, used
+
+
+def children_cpu_s() -> float:
+    """CPU seconds of child processes that have ended: unlike wall time the same on a busy machine."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.mark.parametrize("changed", ["requirements/dev.txt", "pyproject.toml", "requirements/bootstrap.txt"])
@@ -120,9 +126,9 @@ def test_command_is_installed_without_build_tools(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (3, "called\n"), done.stderr
     code = "from importlib.metadata import version; print(version('marketstream')); import runpy; runpy.run_path(__import__('sys').argv[1])"
     imported = subprocess.run(
-        [str(venv / "bin" / "python"), "-c", code, str(venv / "bin" / "marketstream")], capture_output=True, text=True, check=True
+        [str(venv / "bin" / "python"), "-I", "-c", code, str(venv / "bin" / "marketstream")], capture_output=True, text=True, check=False
     )
-    assert imported.stdout == "0.1.0\n"
+    assert (imported.returncode, imported.stdout) == (0, "0.1.0\n"), imported.stderr
 
 
 def test_unknown_set_is_refused() -> None:
