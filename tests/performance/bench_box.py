@@ -31,7 +31,8 @@ SOCKET_RATE = float(os.environ.get("MARKETSTREAM_BENCH_SOCKET_RATE", "70000"))
 DRAIN_S = 120.0
 
 
-def _pids(here: Box, *sides: Side) -> dict[str, int]:
+def pids_of(here: Box, *sides: Side) -> dict[str, int]:
+    """Pid by name of the stack's processes and of those beside it."""
     return here.pids() | {entry.name: entry.process.pid for entry in sides}
 
 
@@ -58,7 +59,7 @@ def recorded(seconds: float = SECONDS) -> dict[str, Any]:
             client.wait_said("live", 60)
             with side(here, "feeder", argv) as feeder:
                 feeder.wait_said("ready", 120)
-                with Meter(lambda: _pids(here, client, feeder)) as meter:
+                with Meter(lambda: pids_of(here, client, feeder)) as meter:
                     said = feeder.finish(seconds + 180)
                 lags = [line for line in feeder.lines() if line["event"] == "lag"]
             drained_s = _drain(here)
@@ -73,14 +74,14 @@ def sockets(seconds: float = SECONDS, rate: float = SOCKET_RATE) -> dict[str, An
     variables = {"MARKETSTREAM_SIM_SYMBOLS": str(SYMBOLS), "MARKETSTREAM_SIM_TRADES_PER_S": "200"}
     with box("sim", sim_arguments=arguments, **variables) as here:
         url = f"http://127.0.0.1:{here.settings.sim.port}"
-        names = _watched(here)
+        names = busiest(here, WATCHED)
         with side(here, "client", _client(here, names)) as client:
             client.wait_said("live", 60)
             lag = Lag(here.settings)
             before = _made(url)
             httpx.post(f"{url}/sim/rate", json={"rate": rate, "market": "spot"}).raise_for_status()
             lags, began = [], time.monotonic()
-            with Meter(lambda: _pids(here, client)) as meter:
+            with Meter(lambda: pids_of(here, client)) as meter:
                 while (now := time.monotonic()) < began + seconds:
                     lags.append({"seconds": round(now - began, 2), "trades": _made(url) - before, **lag.read()})
                     time.sleep(1.0)
@@ -111,12 +112,12 @@ def _made(url: str) -> int:
     return int(httpx.get(f"{url}/sim/status").json()["markets"]["spot"]["trades"])
 
 
-def _watched(here: Box) -> list[str]:
-    """Symbols of which trades are stored already: the busy ones are the first."""
+def busiest(here: Box, count: int) -> list[str]:
+    """Symbols of which most trades are stored already."""
     until = time.monotonic() + 30
-    while len(found := stored_ids(here.settings)) < WATCHED and time.monotonic() < until:
+    while len(found := stored_ids(here.settings)) < count and time.monotonic() < until:
         time.sleep(0.5)
-    return [name for name, _ in sorted(found.items(), key=lambda item: -item[1][0])][:WATCHED]
+    return [name for name, _ in sorted(found.items(), key=lambda item: -item[1][0])][:count]
 
 
 def _truth(here: Box, url: str) -> dict[str, list[int]]:
@@ -155,6 +156,8 @@ def _figures(
 ) -> dict[str, Any]:
     stored = stored_ids(here.settings)
     wrong = faults(stored, truth) + _client_faults(seen, truth)
+    if len(stored) < SYMBOLS:
+        wrong.append(f"{len(stored)} symbols are stored, {SYMBOLS} traded")
     rate = trades / seconds
     third = max(len(lags) // 3, 1)
     parts = {"start": lags[1:third], "middle": lags[third : 2 * third], "end": lags[2 * third :]}
