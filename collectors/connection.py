@@ -176,6 +176,9 @@ class Connection:
         if self._wire.violation is not None:
             return str(self._wire.violation)
         code, reason = self._wire.close_code, self._wire.close_reason
+        sent = self._wire.protocol.close_sent
+        if code == CloseCode.ABNORMAL_CLOSURE and sent is not None and sent.reason:
+            return f"it was given up: {sent.reason}"  # the library's own reason, e.g. keepalive ping timeout
         if code == CloseCode.ABNORMAL_CLOSURE:
             return "the connection broke without a close frame"
         return f"closed with code {code} {reason or ''}".rstrip()
@@ -191,23 +194,22 @@ async def open_connection(
     config = config or ConnectionConfig()
     proxy: Any = None if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") else True
     factory = partial(Wire, reader=FrameReader(config.max_message_bytes), on_messages=on_messages, on_oversized=on_oversized, clock=clock)
-    attempt = connect(
-        url,
-        create_connection=cast(type[ClientConnection], factory),
-        compression=None,  # inflating costs more than the network saves, and the reader takes plain frames only
-        proxy=proxy,
-        open_timeout=config.open_timeout_s,
-        ping_interval=config.ping_interval_s,
-        ping_timeout=config.ping_timeout_s,
-        close_timeout=config.close_timeout_s,
-        max_size=config.max_message_bytes,
-        user_agent_header="marketstream",
-    )
     try:
-        wire = cast(Wire, await attempt)
+        wire = await connect(
+            url,
+            create_connection=cast(type[ClientConnection], factory),
+            compression=None,  # inflating costs more than the network saves, and the reader takes plain frames only
+            proxy=proxy,
+            open_timeout=config.open_timeout_s,
+            ping_interval=config.ping_interval_s,
+            ping_timeout=config.ping_timeout_s,
+            close_timeout=config.close_timeout_s,
+            max_size=config.max_message_bytes,
+            user_agent_header="marketstream",
+        )
     except (OSError, TimeoutError, ssl.SSLError, WebSocketException) as exc:
         raise translate(url, exc) from exc
-    return Connection(wire, url, clock)
+    return Connection(cast(Wire, wire), url, clock)
 
 
 def translate(url: str, exc: Exception) -> CollectorError:

@@ -30,6 +30,8 @@ HOLD_BACKPRESSURE: Final = "backpressure"
 HOLD_RECOVERY: Final = "recovery"
 CHECK_S: Final = 0.25
 """Between two looks at silence and age; an active feed is found dead within its 2 s floor plus this."""
+PROVEN_US: Final = 5_000_000
+"""A connection that held this long is a success of its own."""
 PROBE_SILENCE_US: Final = 250_000
 """A feed silent for this long is asked whether it lives; its watermark can then go on. Active feeds are never asked."""
 PROBE_INTERVAL_US: Final = 450_000
@@ -80,6 +82,8 @@ class Link:
     again: set[str] = field(default_factory=set)
     """Streams to subscribe once more: they went silent."""
     renew_after_us: int = 0
+    proven: bool = False
+    """It held for some seconds: another success for the breaker, which would stay half-open as long as one good connection lasts."""
     probe_after_us: int = 0
     """No ping before; the largest number while one is unanswered."""
 
@@ -302,7 +306,7 @@ class Shard:
             return
         if link.connection.closed.done():
             raise WireError(f"{self.name}: the connection ended while subscribing: {link.connection.closed.result()}")
-        raise SubscribeError(f"{self.name}: the venue did not acknowledge a subscription within {self._config.ack_timeout_s:.0f} s.")
+        raise SubscribeError(f"{self.name}: the venue did not acknowledge a subscription within {self._config.ack_timeout_s:g} s.")
 
     async def _follow(self, link: Link) -> None:
         """Apply changes of what is wanted to a live link; a failure ends the link, and the keeper reconnects."""
@@ -345,6 +349,9 @@ class Shard:
                 self.pipeline.stale.silence_was_quiet(now)
                 self._drop(link)
                 return f"nothing arrived for {silence_s:.1f} s, which its rate does not explain"
+            if not link.proven and now - link.connection.opened_us > PROVEN_US:
+                link.proven = True
+                self.breaker.succeeded(now)
             self._look_at_symbols(link)
             if now >= link.probe_after_us and self.pipeline.stale.feed_silence_us(now) > PROBE_SILENCE_US:
                 link.probe_after_us = _NEVER_US

@@ -119,7 +119,8 @@ def mapped(payloads: list[bytes]) -> None:
     mapper, rows = new_mapper(), 0
     for start in range(0, len(payloads), BATCH):
         rows += mapper.parse(payloads[start : start + BATCH]).row_count
-    assert rows == len(payloads)
+    if rows != len(payloads):
+        raise AssertionError(f"{rows} rows of {len(payloads)} messages")
 
 
 class NoLetters:
@@ -229,6 +230,7 @@ def run() -> dict[str, Any]:
     """Rounds of all, interleaved; ns a trade, trades a second, and ratios."""
     payloads = messages()
     data = websocket_bytes(payloads)
+    mapped(payloads[:BATCH])  # load the compiled reader
     peer = PEER_PYTHON.is_file()
     notes = [] if peer else ["cryptofeed is left out: its environment is not set up (`make bench` does it)."]
     spent: dict[str, list[float]] = {name: [] for name in ("bare decode", "mapper", "pipeline", *(["cryptofeed"] if peer else []))}
