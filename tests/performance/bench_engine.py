@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 from collections import defaultdict
 from importlib.util import find_spec
@@ -99,6 +100,15 @@ async def _engine_round(base: Settings, number: int, keys: tuple[str, ...], colu
     return TRADES / _span_s(settings), TRADES / bare["seconds"]
 
 
+def _last_json(text: str) -> dict[str, Any]:
+    """The last JSON object in ``text``: some peers write terminal control codes around it."""
+    found = re.findall(r"\{.*\}", text)
+    if not found:
+        raise RuntimeError(f"the peer gave no figures: {text[-500:]!r}")
+    answer: dict[str, Any] = json.loads(found[-1])
+    return answer
+
+
 def run(rounds: int = ROUNDS) -> dict[str, Any]:
     """Figures in trades/s and their ratios."""
     keys, columns = market.trades(TRADES, SYMBOLS)
@@ -118,6 +128,7 @@ def run(rounds: int = ROUNDS) -> dict[str, Any]:
             ours, bare = asyncio.run(_engine_round(settings, number, keys, columns))
             rates["marketstream"].append(ours)
             rates["bare_consume"].append(bare)
+            print(f"round {number + 1}: ours {ours:,.0f}/s, bare {bare:,.0f}/s", file=sys.stderr)
             for peer in peers:
                 argv = [
                     "-m",
@@ -127,7 +138,7 @@ def run(rounds: int = ROUNDS) -> dict[str, Any]:
                     "rows.out",
                     str(PEER_TRADES[peer]),
                 ]
-                answer = json.loads(answer_of(settings, argv, core=ENGINE_CORE).strip().splitlines()[-1])
+                answer = _last_json(answer_of(settings, argv, core=ENGINE_CORE))
                 rates[peer].append(answer["rows"] / answer["seconds"])
             print(
                 f"round {number + 1}/{rounds}: " + ", ".join(f"{name} {values[-1]:,.0f}/s" for name, values in rates.items()),
