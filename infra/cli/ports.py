@@ -1,4 +1,4 @@
-"""Ports for a second stack: settings in, the settings to start with out, moved aside where another stack of ours has the ports.
+"""Ports for a second stack: settings in, the port range to use out, moved aside where another stack of ours has the usual one.
 
 Only a stack with a data folder of its own and no port setting is moved; a port held by any other program stays an error, because then
 somebody has to decide which of the two moves.
@@ -22,28 +22,30 @@ Holders = Callable[[Iterable[int]], dict[int, Path | None]]
 """For ports that are listened on: the data folder of the stack that does, None for any other program. Free ports are left out."""
 
 
-def with_free_ports(settings: Settings, overrides: Mapping[str, str], holders: Holders | None = None) -> tuple[Settings, str | None]:
-    """The settings to start with and, where ports were moved, a sentence about it.
+def free_ports(settings: Settings, overrides: Mapping[str, str], holders: Holders | None = None) -> tuple[dict[str, str], str | None]:
+    """What to set besides ``overrides`` so that the ports are free ({} for nothing) and, where they are moved now, a sentence about it.
 
     Raises:
         PortInUseError: no range is free.
     """
     if settings.origin.get("data_dir") == "default" or any(_is_set(settings, key) for key in _port_keys(settings)):
-        return settings, None
+        return {}, None
     ask = holders or listening
     noted = read_note(settings.data_dir).get("ports.base")
     if noted is not None:
         earlier = load_settings(overrides={**overrides, "ports.base": noted})
         if not ask(_ports(earlier)):
-            return earlier, None
+            return {"ports.base": noted}, None
     others = {folder for folder in ask(_ports(settings)).values() if folder is not None and folder != settings.data_dir}
     if not others:
-        return settings, None
+        return {}, None
     for base in range(settings.ports.base + STEP, LAST_BASE, STEP):
         moved = load_settings(overrides={**overrides, "ports.base": str(base)})
         if not ask(_ports(moved)):
             other = sorted(map(str, others))[0]
-            return moved, f"the stack of {other} has the usual ports; this one uses {base} and up (MARKETSTREAM_PORT_BASE={base})"
+            return {
+                "ports.base": str(base)
+            }, f"the stack of {other} has the usual ports; this one uses {base} and up (MARKETSTREAM_PORT_BASE={base})"
     raise PortInUseError("other stacks have every range of ports; stop one with `marketstream down --data-dir DIR`")
 
 

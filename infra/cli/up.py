@@ -12,7 +12,7 @@ from typing import Any
 
 from infra.cli.context import settings_of, write_note
 from infra.cli.output import Output
-from infra.cli.ports import with_free_ports
+from infra.cli.ports import free_ports
 from infra.cli.processes import Choice, source_overrides, specs
 from infra.cli.status import process_value, show_processes
 from infra.errors import StartError
@@ -39,10 +39,10 @@ def up(output: Output, *, data_dir: Path | None, source: str | None, detach: boo
     """
     started = time.monotonic()
     settings, overrides = settings_to_start(data_dir, source)
-    settings, moved = with_free_ports(settings, overrides)
+    aside, moved = free_ports(settings, overrides)
+    overrides |= aside
     if moved is not None:
         output.note(moved)
-        overrides["ports.base"] = str(settings.ports.base)
     decision = decide(settings)
     settings = load_settings(overrides=overrides | source_overrides(settings, decision.choice))
     output.note(f"source: {decision.choice} ({decision.why})")

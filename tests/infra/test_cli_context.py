@@ -80,8 +80,8 @@ def test_second_stack_moves_aside_when_the_first_has_the_ports(tmp_path: Path) -
     def holders(asked: Iterable[int]) -> dict[int, Path | None]:
         return {port: tmp_path / "a" for port in asked if port < 20000}
 
-    settings, told = ports.with_free_ports(load_settings(NONE, overrides=overrides), overrides, holders)
-    assert settings.ports.base == 20000
+    aside, told = ports.free_ports(load_settings(NONE, overrides=overrides), overrides, holders)
+    assert aside == {"ports.base": "20000"}
     assert told is not None
     assert "MARKETSTREAM_PORT_BASE=20000" in told
 
@@ -89,8 +89,7 @@ def test_second_stack_moves_aside_when_the_first_has_the_ports(tmp_path: Path) -
 def test_port_of_another_program_stays_an_error_of_the_start(tmp_path: Path) -> None:
     """Ports are not moved away from a program that is none of ours: somebody has to decide."""
     overrides = {"data_dir": str(tmp_path / "b")}
-    settings, told = ports.with_free_ports(load_settings(NONE, overrides=overrides), overrides, lambda asked: {19092: None})
-    assert (settings.ports.base, told) == (19000, None)
+    assert ports.free_ports(load_settings(NONE, overrides=overrides), overrides, lambda asked: {19092: None}) == ({}, None)
 
 
 @pytest.mark.parametrize("given", [{}, {"ports.base": "33000"}, {"ports.kafka": "33001"}])
@@ -98,22 +97,21 @@ def test_ports_that_were_set_or_belong_to_the_default_stack_are_not_moved(tmp_pa
     """Whoever names a port gets it or an error."""
     overrides = given | ({"data_dir": str(tmp_path / "b")} if given else {})
     settings = load_settings(NONE, overrides=overrides)
-    assert ports.with_free_ports(settings, overrides, lambda asked: dict.fromkeys(asked, tmp_path / "a")) == (settings, None)
+    assert ports.free_ports(settings, overrides, lambda asked: dict.fromkeys(asked, tmp_path / "a")) == ({}, None)
 
 
 def test_moved_stack_keeps_its_ports(tmp_path: Path) -> None:
     """A second `up` on the folder takes the ports of the first when they are free."""
     started(tmp_path / "b", ports__base="41000")
     overrides = {"data_dir": str(tmp_path / "b")}
-    settings, _ = ports.with_free_ports(load_settings(NONE, overrides=overrides), overrides, lambda asked: {})
-    assert settings.ports.base == 41000
+    assert ports.free_ports(load_settings(NONE, overrides=overrides), overrides, lambda asked: {}) == ({"ports.base": "41000"}, None)
 
 
 def test_no_free_range_is_one_sentence(tmp_path: Path) -> None:
     """When every range is taken the start is refused."""
     overrides = {"data_dir": str(tmp_path / "b")}
     with pytest.raises(PortInUseError):
-        ports.with_free_ports(load_settings(NONE, overrides=overrides), overrides, lambda asked: dict.fromkeys(asked, tmp_path / "a"))
+        ports.free_ports(load_settings(NONE, overrides=overrides), overrides, lambda asked: dict.fromkeys(asked, tmp_path / "a"))
 
 
 def test_listening_sees_this_process(tmp_path: Path) -> None:
