@@ -542,6 +542,27 @@ def _most_rows(st, s, k):  # type: ignore[no-untyped-def]
 
 
 @_inline
+def _prefetch_to_close(st, members, at):  # type: ignore[no-untyped-def]
+    """Fetch what closing the next slots will touch: what is known about a slot first, then the ring entry that its open bar goes to."""
+    if at + 2 * AHEAD < members.shape[0]:
+        s = members[at + 2 * AHEAD]
+        width = st.slot_i.shape[1]
+        for word in range(0, width, 8):
+            _prefetch(st.slot_i, s * width + word)
+        for word in range(0, HOT_WORDS, 8):
+            _prefetch(st.hot_i, s * HOT_WORDS + word)
+        _prefetch(st.slot_f, s * st.slot_f.shape[1])
+        above = (s * st.par[P_ROWS] + 1) * BAR_WORDS
+        for word in range(0, BAR_WORDS, 8):
+            _prefetch(st.bar_i, above + word)
+    if at + AHEAD < members.shape[0]:
+        s = members[at + AHEAD]
+        entry = _ring_row(st, s, 0, st.hot_i[s, OPEN]) * BAR_WORDS
+        for word in range(0, BAR_WORDS, 8):
+            _prefetch(st.bar_i, entry + word)
+
+
+@_inline
 def _set_floors(st, out, t):  # type: ignore[no-untyped-def]
     """For each level, the end of the last interval that has ended at time ``t``."""
     for k in range(st.par[P_LEVELS]):
@@ -762,12 +783,15 @@ def _slow_row(st, out, ctl, s, newcomer, t, tid, price, size, buy, receive):  # 
     base = st.par[P_BASE]
     m = si[s, OWNER]
     open_us = t - t % base
-    _sync_ids(st, m)
-    at = _find_id(st, m, tid)
-    if at >= 0 and tid <= st.ids[m, at, ID_HI]:
-        if tid <= si[m, FORGOTTEN]:
-            return _ACTION_LATE, s  # seen or in a forgotten hole: cannot be told apart, so it is not dropped in silence
-        return _ACTION_DUPLICATE, s
+    # the next id of the interval that grows needs no look at the others, which are seldom in the cache
+    next_id = s == m and tid == hot[m, EXT_HI] + 1 and tid < hot[m, EXT_LIMIT]
+    if not next_id:
+        _sync_ids(st, m)
+        at = _find_id(st, m, tid)
+        if at >= 0 and tid <= st.ids[m, at, ID_HI]:
+            if tid <= si[m, FORGOTTEN]:
+                return _ACTION_LATE, s  # seen or in a forgotten hole: cannot be told apart, so it is not dropped in silence
+            return _ACTION_DUPLICATE, s
     if si[s, KIND] == LANE and _at_lane_edge(st, s, 0, open_us):
         s = m
     if si[s, STARTED] == 0:
@@ -800,6 +824,8 @@ def _slow_row(st, out, ctl, s, newcomer, t, tid, price, size, buy, receive):  # 
         published = si[s, SLOT_INTS + 2 * st.par[P_LEVELS]] != MAX64
         if open_us <= current - st.ring[0] * base or (published and open_us < closed and t < closed - st.par[P_WINDOW]):
             # A hole between two stretches of ids that ends before this symbol's newest stretch: an older stretch being filled in.
+            _sync_ids(st, m)
+            at = _find_id(st, m, tid)
             if newcomer and si[s, KIND] == MAIN and at + 1 < si[m, ID_COUNT]:
                 lo = st.ids[m, at, ID_HI_T] if at >= 0 else np.int64(0)
                 hi = st.ids[m, at + 1, ID_LO_T]
@@ -816,7 +842,11 @@ def _slow_row(st, out, ctl, s, newcomer, t, tid, price, size, buy, receive):  # 
             ctl[C_LATE] += 1
         _merge_upwards(st, out, ctl, s, 0, st.bar_i, st.bar_f, x, t)
         return _ACTION_DONE, s
-    _see(st, s, m, tid, t)
+    if next_id:
+        hot[m, EXT_HI] = tid
+        hot[m, EXT_T] = max(hot[m, EXT_T], t)
+    else:
+        _see(st, s, m, tid, t)
     return _ACTION_HOT, s
 
 
@@ -1090,6 +1120,7 @@ def step_rest(st, out, members, ended, ctl):  # type: ignore[no-untyped-def]
     if ctl[C_STAGE] == 2:
         _set_floors(st, out, ctl[C_WATERMARK])
         while ctl[C_POS] < members.shape[0]:
+            _prefetch_to_close(st, members, ctl[C_POS])
             s = members[ctl[C_POS]]
             if st.slot_i[s, STARTED] and out.floors[0] > st.slot_i[s, SLOT_INTS]:
                 need = _rows_to_close(st, out, s)
