@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from infra.docker.probe import probe
-from infra.settings import options
+from infra.settings import load_settings, options
 from schemas.codec import MAX_RECORD_BYTES
 from tests.infra.yaml_subset import load
 
@@ -81,6 +81,21 @@ def test_dependencies_are_services(name: str) -> None:
     for other, rule in SERVICES[name]["depends_on"].items():
         assert other in SERVICES
         assert rule["condition"] in ("service_healthy", "service_completed_successfully")
+
+
+@pytest.mark.parametrize("name", ["registry", "collector", "worker", "sink", "api"])
+def test_health_check_asks_the_port_that_the_settings_choose(name: str) -> None:
+    """The probe goes where the process listens with exactly these variables."""
+    given = {key: value for key, value in SERVICES[name]["environment"].items() if "${" not in value}
+    settings = load_settings(given)
+    port = {
+        "registry": settings.ports.registry,
+        "collector": settings.collector.health_port,
+        "worker": settings.worker.health_port,
+        "sink": settings.sink.health_port,
+        "api": settings.api.port,
+    }[name]
+    assert f"http://127.0.0.1:{port}/" in SERVICES[name]["healthcheck"]["test"][-1]
 
 
 def test_broker_takes_our_largest_record() -> None:
