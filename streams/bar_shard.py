@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from processors.bars import REJECT_REASONS, BarBatches, BarConfig, BarEngine
 from schemas.codec import FrameCodec, RowCodec, decode_learning
@@ -93,6 +94,7 @@ class BarShard:
         """Rows accepted since this shard was made, for metrics."""
         self.watermark_us = 0
         self._codecs = codecs
+        self._live_interval_us = config.live_interval_us
         self._engine = engine if engine is not None else BarEngine(config)
 
     def process(self, offset: int, value: bytes) -> list[OutRecord]:
@@ -106,15 +108,25 @@ class BarShard:
             frame = decode_learning(self._codecs.trades, value, self._codecs.fetch_schema)
         except DecodeError as exc:
             records = [self._undecodable(offset, value, exc)]
-            batches = None
+            batches, history = None, False
         else:
             batches = self._engine.process(frame)
             self.watermark_us = batches.watermark_us
             self.trade_count += batches.accepted
             records = self._rejected(offset, frame, batches) if len(batches.rejected["row"]) else []
+            history = self._is_history(frame)
         self.applied_offset = offset
-        records += self._bars(offset, batches)
+        records += self._bars(offset, batches, history=history)
         return records
+
+    def _is_history(self, frame: Frame) -> bool:
+        """Whether the frame covers more time than lies between two updates of an open bar.
+
+        Live frames span their linger, 5 to 20 ms. A longer one is a replay or a backlog, where nobody waits for open bars of the past; they
+        were 90 % of what a worker sent in catch-up. A function of the frame alone, so a replay gives the same bytes.
+        """
+        received = frame.columns["receive_time_us"]
+        return len(received) > 0 and int(received.max()) - int(received.min()) > self._live_interval_us
 
     def snapshot(self) -> bytes:
         """The whole state as bytes; the same state gives the same bytes."""
@@ -138,7 +150,7 @@ class BarShard:
             raise StateError(f"The bar state of partition {partition} cannot be used: {exc}") from exc
         return cls(partition, config, codecs, engine=engine, applied_offset=applied_offset, emitted_offset=emitted_offset)
 
-    def _bars(self, offset: int, batches: BarBatches | None) -> list[OutRecord]:
+    def _bars(self, offset: int, batches: BarBatches | None, *, history: bool = False) -> list[OutRecord]:
         if offset <= self.emitted_offset:
             return []
         records: list[OutRecord] = []
@@ -146,8 +158,9 @@ class BarShard:
             frame = Frame(source=COMPONENT, watermark_us=self.watermark_us, input_offset=offset)
         else:
             records = self._rows(offset, batches)
+            columns = _final_rows(batches.bars) if history else batches.bars
             frame = Frame(
-                source=COMPONENT, watermark_us=batches.watermark_us, symbols=batches.symbols, columns=batches.bars, input_offset=offset
+                source=COMPONENT, watermark_us=batches.watermark_us, symbols=batches.symbols, columns=columns, input_offset=offset
             )
         # last: once the bars frame of an offset is in the topic, everything else of that offset has been sent
         records.append(OutRecord("bars", self.partition, None, self._codecs.bars.encode(frame)))
@@ -209,3 +222,8 @@ class BarShard:
             )
             records.append(OutRecord("deadletter", 0, instrument.key.encode(), self._codecs.deadletter.encode(letter)))
         return records
+
+
+def _final_rows(bars: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    final = bars["is_final"] == 1
+    return {name: column[final] for name, column in bars.items()}
