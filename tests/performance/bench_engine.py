@@ -12,11 +12,11 @@ import os
 import re
 import sys
 from collections import defaultdict
-from importlib.util import find_spec
 from typing import Any
 
 from confluent_kafka import Consumer, Producer, TopicPartition
 
+from infra.cli.bench import PEER_PYTHON
 from infra.kafka import FrameProducer, consumer_config, end_offsets, ensure_topics
 from infra.progress import worker_offsets
 from infra.registry_client import RegistryClient
@@ -112,7 +112,7 @@ def _last_json(text: str) -> dict[str, Any]:
 def run(rounds: int = ROUNDS) -> dict[str, Any]:
     """Figures in trades/s and their ratios."""
     keys, columns = market.trades(TRADES, SYMBOLS)
-    peers = [name for name in PEER_TRADES if name != "quix" or find_spec("quixstreams")]
+    peers = [name for name in PEER_TRADES if name != "quix" or PEER_PYTHON.is_file()]
     notes = [] if "quix" in peers else ["Quix Streams is not installed (make bench installs it): its round is left out"]
     rates: dict[str, list[float]] = defaultdict(list)
     with servers() as settings:
@@ -138,7 +138,9 @@ def run(rounds: int = ROUNDS) -> dict[str, Any]:
                     "rows.out",
                     str(PEER_TRADES[peer]),
                 ]
-                answer = _last_json(answer_of(settings, argv, core=ENGINE_CORE))
+                answer = _last_json(
+                    answer_of(settings, argv, core=ENGINE_CORE, python=str(PEER_PYTHON) if peer == "quix" else sys.executable)
+                )
                 rates[peer].append(answer["rows"] / answer["seconds"])
             print(
                 f"round {number + 1}/{rounds}: " + ", ".join(f"{name} {values[-1]:,.0f}/s" for name, values in rates.items()),

@@ -63,10 +63,12 @@ def process(
             child.wait()
 
 
-def answer_of(settings: Settings, argv: Sequence[str], *, core: int | None = None, timeout_s: float = 120) -> str:
+def answer_of(
+    settings: Settings, argv: Sequence[str], *, core: int | None = None, timeout_s: float = 120, python: str = sys.executable
+) -> str:
     """Standard output of ``python ARGV``. Raises CalledProcessError with its errors in the message."""
     done = subprocess.run(
-        _pinned([sys.executable, *argv], core),
+        _pinned([python, *argv], core),
         env=child_environ(settings),
         cwd=ROOT,
         capture_output=True,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fastavro
-import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import numpy.typing as npt  # a peer's environment has no numpy
 
 TIMEFRAMES_S = (60, 300, 900, 3600, 14_400, 86_400)
 
