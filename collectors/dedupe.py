@@ -78,7 +78,7 @@ class Sequencer:
         self.duplicates = 0
         self.resets = 0
         self.abandoned: list[Gap] = []
-        """Gaps given up because a symbol had too many; the caller reports and clears them."""
+        """Gaps no longer looked at because a symbol had too many; the caller counts and clears them."""
 
     def add(self, code: int, last_id: int = -1, last_time_us: int = 0) -> None:
         """Make room for a symbol; with ``last_id`` what was stored before a restart is continued (and the break is looked at)."""

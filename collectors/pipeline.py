@@ -36,6 +36,8 @@ class PipelineConfig:
 
     max_staged_bytes: int = 16 * 1024 * 1024
     """Raw messages that wait; above it the socket is not read (16 MiB are 100,000 trades, more than a second of the busiest feed)."""
+    hold_gap_ids: int = 10_000
+    """Longer gaps (the collector was away for long) do not hold the watermark: fetching them takes longer than any hold lasts."""
     resume_share: float = 0.25
     """Reading goes on when this share of the bound is left."""
 
@@ -204,6 +206,9 @@ class Pipeline:
             codes = columns["symbol_code"]
         for gap in opened:
             self._gap_opened(gap, mono_us)
+        if self.sequencer.abandoned:  # whoever fetches them reports them; what is fetched of them is dropped
+            self.stats.error("gap_abandoned", len(self.sequencer.abandoned))
+            self.sequencer.abandoned.clear()
         if len(codes):
             self.stats.trades += len(codes)
             self.batcher.add({**columns, "receive_time_us": receive_us})
@@ -217,7 +222,8 @@ class Pipeline:
 
     def _gap_opened(self, gap: Gap, mono_us: int) -> None:
         self.stats.gaps_opened += 1
-        self.watermark.hold(gap_hold(gap), mono_us)
+        if gap.missing_ids <= self._config.hold_gap_ids:
+            self.watermark.hold(gap_hold(gap), mono_us)
         self._on_gap(gap)
 
     def backfill(self, columns: dict[str, Array], receive_time_us: int, mono_us: int) -> int:

@@ -163,7 +163,7 @@ class CollectorProcess:
                 await collector.stop()
                 await running
                 await dead_letters.drained()
-                await self._producer.flush(DRAIN_S)
+                await self._producer.flush(DRAIN_S - 1.0)
         except TimeoutError:
             raise UnreachableError(
                 f"Kafka did not take what was received within {DRAIN_S:.0f} s; the rest is fetched by id at the next start."

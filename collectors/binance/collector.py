@@ -49,8 +49,10 @@ class CollectorConfig:
     gap_tries: int = 4
     """REST lags the stream: a page that ends before the gap does is asked for again so often."""
     gap_retry_s: float = 1.0
-    gap_max_rows: int = 50_000
-    """Rows fetched for one gap at most (50 pages); a longer gap is reported unfillable for the rest."""
+    gap_max_rows: int = 10_000
+    """Newest ids fetched of one gap at most (10 pages, 250 of 6,000 weight a minute); the rest of a longer one is reported unfillable."""
+    max_pending_gaps: int = 2_000
+    """Gaps that wait for REST; further ones are reported unfillable at once. A feed that skips every second id would pile up tasks."""
     backfills: int = 4
     """Gaps fetched at the same time."""
     batcher: BatcherConfig = field(default_factory=BatcherConfig)
@@ -106,6 +108,7 @@ class BinanceCollector:
         self._placed: dict[str, tuple[Shard, str]] = {}  # symbol -> (shard, stream)
         self._tasks: set[asyncio.Task[None]] = set()
         self._fetches = asyncio.Semaphore(self._config.backfills)
+        self._pending_gaps = 0
         self._stopped = asyncio.Event()
         self._failed: asyncio.Future[None] | None = None
 
@@ -278,6 +281,11 @@ class BinanceCollector:
     async def _fill(self, shard: Shard, gap: Gap) -> None:
         """Fetch what a gap misses, then say what became of it. Never raises for what the venue does."""
         complete = False
+        if self._pending_gaps >= self._config.max_pending_gaps:
+            shard.pipeline.stats.error("gap_not_fetched")
+            await self._sink.send(*shard.pipeline.gap_done(gap, self._clock.now_us(), complete=False))
+            return
+        self._pending_gaps += 1
         try:
             await self._clock.sleep(self._config.gap_grace_s)
             for attempt in range(self._config.gap_tries):
@@ -292,6 +300,8 @@ class BinanceCollector:
         except (CollectorError, KeyError) as exc:
             shard.pipeline.stats.error(_reason(exc))
             logger.warning("%s: %d trades of %s cannot be fetched: %s", shard.name, gap.missing_ids, self._key(shard, gap), exc)
+        finally:
+            self._pending_gaps -= 1
         if gap.missing and not complete:
             logger.warning("%s: %s lacks trades %s", shard.name, self._key(shard, gap), gap.missing[:5])
         topic_name, partition, frame = shard.pipeline.gap_done(gap, self._clock.now_us(), complete=complete)
@@ -301,15 +311,16 @@ class BinanceCollector:
         """Fetch once; True when the venue showed that it has nothing more inside the gap."""
         symbol = self._key(shard, gap).partition(":")[2]
         raw = self._listed[symbol].raw
-        first, last = gap.missing[0][0], gap.missing[-1][1]
-        pipeline, newest, fetched = shard.pipeline, -1, 0
+        last = gap.missing[-1][1]
+        first = max(gap.missing[0][0], last - self._config.gap_max_rows + 1)
+        pipeline, newest = shard.pipeline, -1
         async for page in self.rest.trades(raw, first, last, max_rows=self._config.gap_max_rows):
             rows = len(page["trade_id"])
             while pipeline.batcher.room < rows:  # frames are taken every linger
                 await self._clock.sleep(0.01)
             pipeline.backfill({"symbol_code": np.full(rows, gap.code, np.int32), **page}, self._clock.now_us(), self._clock.monotonic_us())
-            newest, fetched = max(newest, int(page["trade_id"][-1])), fetched + rows
-        return not gap.missing or newest >= last or fetched >= self._config.gap_max_rows
+            newest = max(newest, int(page["trade_id"][-1]))
+        return not gap.missing or newest >= last
 
     def _key(self, shard: Shard, gap: Gap) -> str:
         return shard.pipeline.batcher.key_of(gap.code)

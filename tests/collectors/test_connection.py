@@ -35,7 +35,7 @@ class Received:
 @asynccontextmanager
 async def served(handler: Handler, config: ConnectionConfig | None = None) -> AsyncIterator[tuple[Connection, Received]]:
     """A connection to a server that runs ``handler``."""
-    async with serve(handler, "127.0.0.1", 0, compression=None) as server:
+    async with serve(handler, "127.0.0.1", 0, compression=None, close_timeout=0.3) as server:
         received = Received()
         port = server.sockets[0].getsockname()[1]
         connection = await open_connection(

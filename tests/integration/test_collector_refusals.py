@@ -189,6 +189,23 @@ async def test_ids_that_cannot_be_had_become_a_gap_with_its_times() -> None:
         assert collector.shards[0].pipeline.watermark.holding(SystemClock().monotonic_us()) == []
 
 
+async def test_a_feed_that_skips_every_second_id_piles_nothing_up() -> None:
+    """Each hole is a gap row, few of them ask REST, and every trade that came is there."""
+
+    async def send(server: ServerConnection) -> None:
+        await acknowledge(server)
+        for number in range(1, 1_001, 2):
+            await server.send(trade(number))
+        await server.wait_closed()
+
+    async with collecting(send, replace(QUICK, max_pending_gaps=10, gap_tries=1)) as (collector, _, sink, _):
+        await until(lambda: sum(frame.row_count for frame in sink.gaps) == 499)
+        assert rows_of(sink.trades)["binance:BTC-USDT"] == list(range(1, 1_001, 2))
+        errors = collector.shards[0].pipeline.stats.errors
+        assert errors["gap_not_fetched"] >= 400
+        assert errors["gap_abandoned"] > 0
+
+
 async def test_a_quiet_feed_still_sends_heartbeats_that_move_on() -> None:
     """One trade, then nothing but answered pings: every partition hears twice a second how far the feed is complete."""
 

@@ -240,7 +240,7 @@ def almost_trades(draw: st.DrawFn) -> bytes:
     return (head + comma.join(fields) + tail).encode()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(almost_trades(), min_size=1, max_size=6), st.booleans())
 def test_the_compiled_reader_and_the_general_parser_agree(messages: list[bytes], usdm: bool) -> None:
     """Whatever the compiled reader takes, it takes as the general parser does, to the last bit."""
