@@ -275,8 +275,10 @@ class BinanceCollector:
             logger.warning("%s: cannot ask what was missed: %s Gaps are found by the next trade of each symbol.", shard.name, exc)
             return
         now = self._clock.monotonic_us()
+        before = pipeline.stats.gaps_opened
         for raw, code in known:
             pipeline.venue_is_at(code, newest.get(raw, -1), now)
+        logger.info("%s: %d of %d symbols traded meanwhile; fetching.", shard.name, pipeline.stats.gaps_opened - before, len(known))
 
     async def _fill(self, shard: Shard, gap: Gap) -> None:
         """Fetch what a gap misses, then say what became of it. Never raises for what the venue does."""
@@ -303,7 +305,9 @@ class BinanceCollector:
         finally:
             self._pending_gaps -= 1
         if gap.missing and not complete:
-            logger.warning("%s: %s lacks trades %s", shard.name, self._key(shard, gap), gap.missing[:5])
+            # after a long absence every symbol has a gap: a few lines say it, the topic and the metrics say it all
+            level = logging.WARNING if self._pending_gaps < 3 else logging.DEBUG
+            logger.log(level, "%s: %s lacks trades %s", shard.name, self._key(shard, gap), gap.missing[:5])
         topic_name, partition, frame = shard.pipeline.gap_done(gap, self._clock.now_us(), complete=complete)
         await self._sink.send(topic_name, partition, frame)
 
