@@ -10,11 +10,10 @@ a cursor gives access to nothing that its owner could not ask for directly.
 
 from __future__ import annotations
 
-import binascii
 import struct
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import urlsafe_b64decode
+from binascii import b2a_base64, crc32
 from dataclasses import dataclass
-from hashlib import blake2s
 from typing import Final, NamedTuple
 
 from api.errors import CursorError
@@ -32,6 +31,8 @@ _PAGE_VERSION: Final = 65
 _LIVE: Final = struct.Struct(">BBHqIQqq")
 _PAGE: Final = struct.Struct(">BBBIqqqq")
 _CHECK_BYTES: Final = 4
+_SALT: Final = 0x6D736375
+_URL_SAFE: Final = bytes.maketrans(b"+/", b"-_")
 
 
 class Position(NamedTuple):
@@ -105,7 +106,7 @@ class PageCursor:
 
 def series_code(topic: str, exchange: str, symbol: str, timeframe_s: int = 0) -> int:
     """32-bit check of what a page cursor belongs to."""
-    return binascii.crc32(f"{topic}|{exchange}|{symbol}|{timeframe_s}".encode())
+    return crc32(f"{topic}|{exchange}|{symbol}|{timeframe_s}".encode())
 
 
 def decode_live(text: str) -> LiveCursor:
@@ -132,12 +133,17 @@ def decode_page(text: str) -> PageCursor:
     )
 
 
+def encode_place(topic_code: int, partition: int, offset: int, row: int, epoch: int) -> str:
+    """The text of a LiveCursor that owes no history; 1 us, as every message carries one."""
+    return _seal(_LIVE.pack(_LIVE_VERSION, topic_code, partition, offset, row, epoch, NOTHING_DUE, LEAST))
+
+
 def _check(payload: bytes) -> bytes:
-    return blake2s(payload, digest_size=_CHECK_BYTES, person=b"mscursor").digest()
+    return crc32(payload, _SALT).to_bytes(_CHECK_BYTES, "big")
 
 
 def _seal(payload: bytes) -> str:
-    return urlsafe_b64encode(payload + _check(payload)).rstrip(b"=").decode()
+    return b2a_base64(payload + _check(payload), newline=False).translate(_URL_SAFE, b"=").decode()
 
 
 def _open(text: str, layout: struct.Struct, version: int, kind: str) -> bytes:

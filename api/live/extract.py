@@ -10,6 +10,7 @@ import numpy as np
 from api.live.series import Series
 from api.rows import FIELDS
 from schemas.frames import Frame
+from schemas.timeframes import TIMEFRAMES
 
 Rows = list[tuple[int, tuple[Any, ...]]]
 """(row index in the frame, values in the order of ``api.rows.FIELDS``)."""
@@ -35,6 +36,10 @@ def rows_of(frame: Frame, channel: str, wanted: Mapping[str, Mapping[int, Series
         table = np.zeros(len(frame.symbols), np.bool_)
         table[list(hits)] = True
         mask = table[codes]
+    if channel == "bars":
+        followed = {timeframe_s for by_timeframe in hits.values() for timeframe_s in by_timeframe}
+        if len(followed) < len(TIMEFRAMES):
+            mask &= np.isin(frame.columns["timeframe_s"], list(followed))
     index = np.flatnonzero(mask)
     if not len(index):
         return []

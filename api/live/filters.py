@@ -58,6 +58,10 @@ class TradeFilter:
 
     def admit(self, trade_id: int) -> bool:
         """Note an id as seen; whether it was fresh. UNKNOWN counts as seen unless it was learnt."""
+        ends = self._ends
+        if ends and trade_id == ends[-1] + 1:  # nearly every trade
+            ends[-1] = trade_id
+            return True
         verdict = self.judge(trade_id)
         if verdict is not Verdict.FRESH:
             return False
@@ -81,7 +85,7 @@ class TradeFilter:
 
     def _insert(self, trade_id: int) -> None:
         starts, ends = self._starts, self._ends
-        if ends and trade_id == ends[-1] + 1:  # nearly every trade
+        if ends and trade_id == ends[-1] + 1:
             ends[-1] = trade_id
             return
         place = bisect_left(ends, trade_id)

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from api.cursors import NOTHING_DUE, LiveCursor, Position
+from api.cursors import NOTHING_DUE, TOPIC_CODES, LiveCursor, Position, encode_place
 from api.deps import FrameSource, Record, StreamLimits
 from api.errors import PositionLostError, StoreUnavailableError
 from api.live.client import Subscription
@@ -160,7 +160,8 @@ class Hub:
         task = self._starting.get(key)
         if task is None:
             task = self._starting[key] = self._spawn(self._open_series(key))
-            task.add_done_callback(lambda _: self._starting.pop(key, None))
+            # asking for the exception says that it was seen, also when everybody who waited has left
+            task.add_done_callback(lambda done: (self._starting.pop(key, None), done.cancelled() or done.exception()))
         await asyncio.shield(task)
 
     async def _open_series(self, key: SeriesKey) -> None:
@@ -307,7 +308,7 @@ class Hub:
             old.subscribers.discard(subscription)
         series = self._series(subscription.key) if old is None else old
         subscription.skip_until = Position(-1)
-        subscription.push(series.announce("reset", msgspec.json.encode({"reason": reason}).decode()))
+        subscription.push(series.announce("reset", msgspec.json.encode({"reason": reason})))
         while not subscription.closed:
             try:
                 subscription.epoch = self.epoch(subscription.key.channel)
@@ -336,7 +337,7 @@ class Hub:
             tail = self._tails[(series.key.channel, self.partition(series.key))]
             if tail.follower(series.key.instrument, series.key.timeframe_s) is series:
                 series.advance(tail.next_offset)
-                subscription.push(series.announce("heartbeat", f'{{"time_us":{self._clock.now_us()}}}'))
+                subscription.push(series.announce("heartbeat", b'{"time_us":%d}' % self._clock.now_us()))
                 subscription.quiet = True
 
     def _forget_idle(self, now_us: int) -> None:
@@ -354,9 +355,10 @@ class Hub:
 
     def _series(self, key: SeriesKey) -> Series:
         partition, epoch, channel = self.partition(key), self.epoch(key.channel), key.channel
+        topic_code = TOPIC_CODES[channel]
 
         def cursor_of(place: Position) -> str:
-            return LiveCursor(topic=channel, partition=partition, offset=max(place.offset, 0), row=place.row, epoch=epoch).encode()
+            return encode_place(topic_code, partition, max(place.offset, 0), place.row, epoch)
 
         limits = self._limits
         return Series(

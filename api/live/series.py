@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
+import msgspec
+
 from api.cursors import LiveCursor, Position
 from api.live.filters import BarFilter, TradeFilter, Verdict
-from api.rows import bar_row, row_json, trade_row
+from api.rows import BarRow, TradeRow, bar_row, rows_json, trade_row
 from schemas.timeframes import timeframe_name
 
 START: Final = Position(-1, 0)
+Row = BarRow | TradeRow | msgspec.Raw
+"""A row as it is kept: encoded when it is sent; those of ClickHouse are JSON already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,6 @@ class Seed(NamedTuple):
     """Rows of records before this offset are accounted for."""
     rows: list[tuple[int, int, str]]
     """(key, revision, JSON) ascending: open_time_us of final bars, trade_id of trades (revision 0)."""
-    known: list[int]
-    """More trade ids that are stored, any order."""
     complete: bool
     """Nothing older than these is stored."""
 
@@ -112,22 +114,23 @@ class Series:
         self._bars = BarFilter()
         self._trades = TradeFilter()
         self._learnt_offset = -1
-        self._recent: dict[int, str] = {}
-        self._open: tuple[int, str] | None = None
+        self._recent: dict[int, Row] = {}
+        """Newest final rows by key, a few more than a snapshot shows, in no order."""
+        self._open: tuple[int, Row] | None = None
 
     # -- what came before
 
     def seed(self, seed: Seed) -> None:
         """Begin at ``seed.offset`` with what ClickHouse knows."""
         keys = [key for key, _, _ in seed.rows]
-        floor = None if seed.complete else min([*keys, *seed.known], default=2**63 - 1)
+        floor = None if seed.complete else min(keys, default=2**63 - 1)
         if self.key.timeframe_s:
             self._bars = BarFilter(floor)
             self._bars.seed((key, revision) for key, revision, _ in seed.rows)
         else:
             self._trades = TradeFilter(floor)
-            self._trades.seed([*keys, *seed.known])
-        self._recent = {key: text for key, _, text in seed.rows}
+            self._trades.seed(keys)
+        self._recent = {key: msgspec.Raw(text) for key, _, text in seed.rows}
         self.position = Position(seed.offset)
         self.log_start = max(self.position, self.deliver_from)
 
@@ -140,8 +143,10 @@ class Series:
         if self.key.timeframe_s:
             judge = self._bars.judge
             return [row[0] for _, row in rows if row[14] and judge(row[0], row[13]) is Verdict.UNKNOWN]
-        judge_trade = self._trades.judge
-        return [row[0] for _, row in rows if judge_trade(row[0]) is Verdict.UNKNOWN]
+        floor, judge_trade = self._trades.floor, self._trades.judge
+        if floor is None:
+            return []
+        return [row[0] for _, row in rows if row[0] <= floor and judge_trade(row[0]) is Verdict.UNKNOWN]
 
     def learn(self, offset: int, asked: Sequence[int], seen: dict[int, int]) -> None:
         """What ClickHouse said about those keys of the record at ``offset``: stored ones with their newest revision."""
@@ -169,20 +174,21 @@ class Series:
         self.position = Position(offset + 1)
 
     def _feed_bars(self, offset: int, input_offset: int, rows: Sequence[tuple[int, Sequence[Any]]]) -> None:
-        group: list[str] = []
+        group: list[Row] = []
         kind, first, last = "", 0, 0
+        silent_below = self._silent_below(offset)
         for index, values in rows:
             open_time_us, revision, final = values[0], values[13], values[14] != 0
             fresh = self._bars.admit(open_time_us, revision) if final else self._bars.admit_open(open_time_us, input_offset)
             if not fresh:
                 self.dropped_duplicates += final
                 continue
-            text = row_json(bar_row(values))
+            row = bar_row(values)
             if final:
-                self._remember(open_time_us, text)
+                self._remember(open_time_us, row)
             else:
-                self._open = (open_time_us, text)
-            if Position(offset, index) < self.deliver_from:
+                self._open = (open_time_us, row)
+            if index < silent_below:
                 continue
             row_kind = "open" if not final else "corrected" if revision else "update"
             if group and row_kind != kind:
@@ -191,43 +197,49 @@ class Series:
             if not group:
                 kind, first = row_kind, index
             last = index
-            group.append(text)
+            group.append(row)
         if group:
             self._emit(kind, Position(offset, first), Position(offset + 1), group)
 
     def _feed_trades(self, offset: int, rows: Sequence[tuple[int, Sequence[Any]]]) -> None:
-        group: list[str] = []
+        group: list[Row] = []
         first = 0
+        silent_below = self._silent_below(offset)
+        admit, recent = self._trades.admit, self._recent
         for index, values in rows:
-            if not self._trades.admit(values[0]):
+            trade_id = values[0]
+            if not admit(trade_id):
                 self.dropped_duplicates += 1
                 continue
-            text = row_json(trade_row(values))
-            self._remember(values[0], text)
-            if Position(offset, index) < self.deliver_from:
-                continue
-            if not group:
-                first = index
-            group.append(text)
+            row = recent[trade_id] = trade_row(values)
+            if index >= silent_below:
+                if not group:
+                    first = index
+                group.append(row)
+        self._cut_recent()
         if group:
             self._emit("update", Position(offset, first), Position(offset + 1), group)
 
-    def _remember(self, key: int, text: str) -> None:
-        recent = self._recent
-        recent.pop(key, None)
-        recent[key] = text
-        if len(recent) > 2 * self._snapshot_rows:  # cut rarely: sorting at each row would cost more than the rows
-            self._recent = dict(sorted(recent.items())[-self._snapshot_rows :])
+    def _silent_below(self, offset: int) -> int:
+        """Rows of the record at ``offset`` with a lower index are noted only."""
+        start = self.deliver_from
+        return 0 if offset > start.offset else start.row if offset == start.offset else 2**31
+
+    def _remember(self, key: int, row: Row) -> None:
+        self._recent[key] = row
+        self._cut_recent()
         if self._open is not None and self._open[0] <= key:
             self._open = None
 
-    def _emit(self, kind: str, start: Position, end: Position, rows: list[str]) -> None:
-        is_open = kind == "open"
-        message = self._message(start, end, kind, f"[{','.join(rows)}]")
-        tail = message.tail
-        if not is_open:
+    def _cut_recent(self) -> None:
+        if len(self._recent) > 2 * self._snapshot_rows:  # rarely: sorting at each row would cost more than the rows
+            self._recent = dict(sorted(self._recent.items(), key=_key)[-self._snapshot_rows :])
+
+    def _emit(self, kind: str, start: Position, end: Position, rows: Sequence[Row]) -> None:
+        message = self._message(start, end, kind, rows_json(rows))
+        if kind != "open":
             self._log.append(message)
-            self._log_size += len(tail)
+            self._log_size += len(message.tail)
             while self._log and (len(self._log) > self._log_messages or self._log_size > self._log_bytes):
                 old = self._log.popleft()
                 self._log_size -= len(old.tail)
@@ -235,19 +247,19 @@ class Series:
         for subscriber in self.subscribers:
             subscriber.push(message)
 
-    def _message(self, start: Position, end: Position, kind: str, data: str) -> Message:
+    def _message(self, start: Position, end: Position, kind: str, data: bytes) -> Message:
         cursor = self._encode_cursor(end)
-        shown = "update" if kind == "open" else kind
-        return Message(start, end, f',"cursor":"{cursor}","type":"{shown}","data":{data}}}'.encode(), cursor, kind)
+        tail = b',"cursor":"%b","type":"%b","data":%b}' % (cursor.encode(), b"update" if kind == "open" else kind.encode(), data)
+        return Message(start, end, tail, cursor, kind)
 
     # -- what a newcomer gets
 
     def snapshot(self, limit: int) -> Message:
         """The newest ``limit`` final rows, oldest first, then the open bar where there is one; its cursor is where the series stands."""
-        rows = [text for _, text in sorted(self._recent.items())[-limit:]] if limit else []
+        rows = [row for _, row in sorted(self._recent.items(), key=_key)[-limit:]] if limit else []
         if self._open is not None:
             rows.append(self._open[1])
-        return self._message(self.position, self.position, "snapshot", f"[{','.join(rows)}]")
+        return self._message(self.position, self.position, "snapshot", rows_json(rows))
 
     def holds(self, place: Position) -> bool:
         """Whether the log has everything after ``place``."""
@@ -257,10 +269,10 @@ class Series:
         """Every message at or after ``place``, then the open bar. Only where :meth:`holds` says so."""
         found = [message for message in self._log if message.start >= place]
         if self._open is not None and self.position > place:
-            found.append(self._message(self.position, self.position, "open", f"[{self._open[1]}]"))
+            found.append(self._message(self.position, self.position, "open", rows_json([self._open[1]])))
         return found
 
-    def announce(self, kind: str, data: str) -> Message:
+    def announce(self, kind: str, data: bytes) -> Message:
         """A message about the series itself (``heartbeat``, ``reset``) with the cursor of where it stands."""
         return self._message(self.position, self.position, kind, data)
 
@@ -269,3 +281,7 @@ class Series:
         text = after.encode()
         tail = f',"cursor":"{text}","type":"update","data":[{",".join(rows)}]}}'
         return Message(self.deliver_from, self.deliver_from, tail.encode(), text, "update")
+
+
+def _key(item: tuple[int, Row]) -> int:
+    return item[0]

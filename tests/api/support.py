@@ -194,7 +194,7 @@ class MemoryStore:
             if one not in newest or revision > newest[one][1]:
                 newest[one] = (one, revision, text)
         listed = [newest[one] for one in sorted(newest)]
-        return Seed(offset, listed[-rows:], [], len(listed) <= rows)
+        return Seed(offset, listed[-rows:], len(listed) <= rows)
 
     async def known(self, key: SeriesKey, keys: Sequence[int], before: int) -> dict[int, int]:
         await self._answer()
@@ -248,12 +248,13 @@ class MemoryHistory:
         self.answers = dict(answers or {})
         self.queries: list[tuple[str, Mapping[str, Any], str]] = []
         self.reachable = True
-        self.hangs = False
+        self.hangs = "nothing"
+        """A query that holds this never answers."""
 
     async def fetch(self, sql: str, parameters: Mapping[str, Any], fmt: str) -> bytes:
         self.queries.append((sql, parameters, fmt))
         await asyncio.sleep(0)
-        if self.hangs:
+        if self.hangs in sql:
             await asyncio.sleep(3600)
         if not self.reachable:
             raise StoreUnavailableError("clickhouse", "ClickHouse is away.")

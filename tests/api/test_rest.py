@@ -227,7 +227,7 @@ async def test_outages_are_503_with_the_name_of_who_is_away(run: Running) -> Non
 async def test_a_store_that_hangs_is_a_timeout_never_a_hang(run: Running) -> None:
     """Queries have a deadline, readiness a shorter one."""
     await run.http.get(BARS)
-    run.history.hangs = True
+    run.history.hangs = "SELECT"
     await run.problem(BARS, "timeout")
     ready = (await run.http.get("/readyz")).json()
     assert "did not answer within" in ready["checks"]["clickhouse"]["reason"]
@@ -257,7 +257,7 @@ async def test_more_waiting_queries_than_allowed_are_refused_at_once() -> None:
     run = Running(ApiLimits(cache_ttl_s=0, max_concurrent_queries=1, max_waiting_queries=2, request_timeout_s=0.2))
     async with run.http:
         await run.http.get(BARS)
-        run.history.hangs = True
+        run.history.hangs = "FROM trades WHERE exchange"
         answers = await asyncio.gather(*(run.http.get(f"{TRADES}?limit={n}") for n in range(1, 9)))
         codes = sorted(answer.json()["code"] for answer in answers)
         assert codes.count("too_many_requests") == 6
