@@ -233,7 +233,7 @@ class BarEngine:
 
         Bad rows are in ``rejected``; a frame whose columns do not fit each other raises TradeInputError and changes nothing.
         """
-        rows = _input_rows(frame.columns)
+        rows = input_rows(frame.columns)
         self._frames += 1
         source, known = self._source(frame.source)
         source.frame_number = self._frames
@@ -555,10 +555,10 @@ def _index(value: object, end: int, start: int = 0) -> int:
     return value
 
 
-def _input_rows(columns: Mapping[str, Array]) -> k.Rows:
+def input_rows(columns: Mapping[str, Array]) -> k.Rows:
     """The columns as read-only arrays of the exact dtypes, so that the kernel has one specialisation."""
     if not columns:
-        return _NO_ROWS
+        return NO_ROWS
     arrays = []
     length = -1
     for name, dtype in TRADE_DTYPES.items():
@@ -580,7 +580,7 @@ def _input_rows(columns: Mapping[str, Array]) -> k.Rows:
     return k.Rows(*arrays)
 
 
-_NO_ROWS: Final = _input_rows({name: np.zeros(0, dtype) for name, dtype in TRADE_DTYPES.items()})
+NO_ROWS: Final = input_rows({name: np.zeros(0, dtype) for name, dtype in TRADE_DTYPES.items()})
 
 
 def build(
