@@ -7,18 +7,17 @@ by the pure parts (back-off, breaker, stale detector, watermark, sequencer), thi
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from collectors.backoff import Backoff
 from collectors.breaker import Breaker
-from collectors.connection import Connection, ConnectionConfig, is_retryable, open_connection
-from collectors.errors import BreakerOpenError, SubscribeError, WireError
+from collectors.connection import ConnectionConfig, is_retryable, open_connection
+from collectors.errors import BreakerOpenError, WireError
+from collectors.link import Answers, Feed, Link
 from collectors.pipeline import Pipeline
-from collectors.rate_limit import RateLimit, RateLimitConfig
 from collectors.wire import FrameSink, Reply
 from schemas.seam import Clock
 
@@ -34,28 +33,8 @@ PROVEN_US: Final = 5_000_000
 """A connection that held this long is a success of its own."""
 PROBE_SILENCE_US: Final = 250_000
 """A feed silent for this long is asked whether it lives; its watermark can then go on. Active feeds are never asked."""
-PROBE_INTERVAL_US: Final = 450_000
-"""Between two such pings: two a second, of the five messages a second Binance takes."""
 BEHIND_US: Final = 10_000
 """A sink that needs longer than this for a round's frames is behind: frames grow."""
-
-
-_NEVER_US: Final = 2**63
-
-
-class Feed(Protocol):
-    """A venue's manners on one connection."""
-
-    url: str
-    """Where to connect."""
-    max_age_s: float
-    """A connection older than this is replaced."""
-    messages_per_s: float
-    """Requests the venue takes a second on one connection, pings included."""
-
-    def requests(self, streams: Sequence[str], *, subscribe: bool) -> list[tuple[list[str], int, str]]:
-        """Requests that (un)subscribe ``streams``: (streams, request id, text) each; ids are never used twice."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,23 +48,6 @@ class SessionConfig:
     renewal_retry_s: float = 60.0
     """After a failed renewal the old connection is kept and the next attempt waits this long."""
     connection: ConnectionConfig = field(default_factory=ConnectionConfig)
-
-
-@dataclass(slots=True, eq=False)
-class Link:
-    """One open connection and what it is subscribed to."""
-
-    connection: Connection
-    max_age_s: float
-    budget: RateLimit
-    subscribed: set[str] = field(default_factory=set)
-    again: set[str] = field(default_factory=set)
-    """Streams to subscribe once more: they went silent."""
-    renew_after_us: int = 0
-    proven: bool = False
-    """It held for some seconds: another success for the breaker, which would stay half-open as long as one good connection lasts."""
-    probe_after_us: int = 0
-    """No ping before; the largest number while one is unanswered."""
 
 
 class Shard:
@@ -122,7 +84,7 @@ class Shard:
         self._wanted: set[str] = set()
         self._changed = asyncio.Event()
         self._links: list[Link] = []
-        self._acks: dict[int | str, asyncio.Future[Reply]] = {}
+        self._answers = Answers()
         self._tasks: set[asyncio.Task[None]] = set()
         self._paused = False
         self._rounds_since_resume = 0
@@ -150,10 +112,7 @@ class Shard:
 
     def reply(self, reply: Reply) -> None:
         """The venue answered one of our requests."""
-        waiter = self._acks.pop(reply.request_id, None) if reply.request_id is not None else None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(reply)
-        elif reply.error:
+        if not self._answers.arrived(reply) and reply.error:
             self.pipeline.stats.error("request_refused")
             logger.warning("%s: the venue refuses a request: %s", self.name, reply.error)
 
@@ -258,62 +217,24 @@ class Shard:
             on_oversized=self._oversized,
             config=self._config.connection,
         )
-        # half an hour of stagger: shards that started together do not renew together
-        max_age_s = self._feed.max_age_s * (1.0 - 0.02 * self._clock.random.random())
-        limit = RateLimitConfig(weight_per_minute=60 * self._feed.messages_per_s, burst=1.0, share=0.6)
-        link = Link(connection, max_age_s, RateLimit(limit))
+        link = Link(self.name, connection, self._feed, self._answers, self._clock, ack_timeout_s=self._config.ack_timeout_s)
         self._links.append(link)
         if self._paused:
             connection.pause()
         try:
-            await self._subscribe(link)
+            await link.subscribe(lambda: self._wanted)
         except BaseException:
             self._drop(link)
             raise
         self._spawn(self._follow(link))
         return link
 
-    async def _subscribe(self, link: Link) -> None:
-        """Bring the link's subscriptions to what is wanted. Raises WireError."""
-        while True:
-            again = link.again & self._wanted
-            link.again.clear()
-            add, drop = sorted((self._wanted - link.subscribed) | again), sorted(link.subscribed - self._wanted)
-            if not add and not drop:
-                return
-            for streams, request_id, text in self._feed.requests(drop, subscribe=False):
-                await self._request(link, request_id, text)
-                link.subscribed.difference_update(streams)
-            for streams, request_id, text in self._feed.requests(add, subscribe=True):
-                await self._request(link, request_id, text)
-                link.subscribed.update(streams)
-
-    async def _request(self, link: Link, request_id: int, text: str) -> None:
-        while (wait_s := link.budget.wait_s(1.0, self._clock.monotonic_us())) > 0:
-            await self._clock.sleep(wait_s)
-        link.budget.take(1.0, self._clock.monotonic_us())
-        waiter: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._acks[request_id] = waiter
-        try:
-            await link.connection.send(text)
-            either: set[asyncio.Future[Any]] = {waiter, link.connection.closed}
-            done, _ = await asyncio.wait(either, timeout=self._config.ack_timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._acks.pop(request_id, None)
-        if waiter in done:
-            if waiter.result().error:
-                raise SubscribeError(f"{self.name}: the venue refused a subscription: {waiter.result().error}")
-            return
-        if link.connection.closed.done():
-            raise WireError(f"{self.name}: the connection ended while subscribing: {link.connection.closed.result()}")
-        raise SubscribeError(f"{self.name}: the venue did not acknowledge a subscription within {self._config.ack_timeout_s:g} s.")
-
     async def _follow(self, link: Link) -> None:
         """Apply changes of what is wanted to a live link; a failure ends the link, and the keeper reconnects."""
         try:
             while not link.connection.closed.done():
                 await self._wait_for_change(link.connection.closed)
-                await self._subscribe(link)
+                await link.subscribe(lambda: self._wanted)
         except WireError as exc:
             logger.warning("%s", exc)
             link.connection.cut()
@@ -353,18 +274,15 @@ class Shard:
                 link.proven = True
                 self.breaker.succeeded(now)
             self._look_at_symbols(link)
-            if now >= link.probe_after_us and self.pipeline.stale.feed_silence_us(now) > PROBE_SILENCE_US:
-                link.probe_after_us = _NEVER_US
+            if link.may_probe(now) and self.pipeline.stale.feed_silence_us(now) > PROBE_SILENCE_US:
                 self._spawn(self._probe(link))
-            if now - link.connection.opened_us > link.max_age_s * 1e6 and now >= link.renew_after_us:
+            if link.renewal.is_due(link.connection.opened_us, now):
                 link = await self._renew(link)
 
     async def _probe(self, link: Link) -> None:
-        sent_us = self._clock.monotonic_us()
-        with contextlib.suppress(WireError):  # the watch sees the connection's end itself
-            await link.connection.probe()
+        sent_us = await link.probe()
+        if sent_us is not None:  # otherwise the watch sees the connection's end itself
             self.pipeline.watermark.heard(sent_us)
-        link.probe_after_us = sent_us + PROBE_INTERVAL_US
 
     async def _sleep_or_closed(self, link: Link) -> None:
         nap: asyncio.Future[Any] = asyncio.ensure_future(self._clock.sleep(CHECK_S))
@@ -394,7 +312,7 @@ class Shard:
             if not is_retryable(exc):
                 raise
             pipeline.stats.error("renewal_failed")
-            old.renew_after_us = self._clock.monotonic_us() + int(self._config.renewal_retry_s * 1e6)
+            old.renewal.not_before_us = self._clock.monotonic_us() + int(self._config.renewal_retry_s * 1e6)
             logger.warning("%s: renewing the connection failed, the old one goes on: %s", self.name, exc)
             return old
         # the newer connection may be ahead of the older: until both said the same, the older's rows must not be late

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -14,7 +15,7 @@ import pytest
 from collectors.wire import TRADE_DTYPES
 from schemas.frames import Frame
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "ws"
+SHARED = Path(os.environ.get("MARKETSTREAM_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "ws"
 
 
 class HandClock:
@@ -79,7 +80,7 @@ def recorded(name: str) -> Path:
     """A recorded file, or the test is skipped saying so."""
     path = SHARED / name
     if not path.is_file():
-        pytest.skip(f"the recorded data file {name} is not here")
+        pytest.skip(f"the recorded data file {path} is not here; set MARKETSTREAM_TEST_DATA")
     return path
 
 

@@ -259,7 +259,7 @@ async def test_a_failed_renewal_keeps_the_old_connection() -> None:
         shard = made.collector.shards[0]
         link = shard._links[0]
         shard._feed.url = "ws://127.0.0.1:1/stream"
-        link.max_age_s = 0.0
+        link.renewal.max_age_s = 0.0
         await made.until(lambda: made.stats.errors.get("renewal_failed") == 1)
         await made.trade(300)
         await made.stop()
