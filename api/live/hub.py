@@ -270,6 +270,7 @@ class Hub:
         tail = self._tails[(series.key.channel, self.partition(series.key))]
         shared = tail.follower(series.key.instrument, series.key.timeframe_s)
         if shared is None:
+            tail.complete(series)
             tail.follow(series)
             return
         if shared is series:

@@ -173,6 +173,11 @@ class Series:
             self._feed_trades(offset, rows)
         self.position = Position(offset + 1)
 
+    def offer_open(self, input_offset: int, values: Sequence[Any]) -> None:
+        """The newest update of the open bar that was seen at all; counts unless the series knows better."""
+        if self._open is None and self._bars.admit_open(values[0], input_offset):
+            self._open = (values[0], bar_row(values))
+
     def _feed_bars(self, offset: int, input_offset: int, rows: Sequence[tuple[int, Sequence[Any]]]) -> None:
         group: list[Row] = []
         kind, first, last = "", 0, 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from api.deps import Record
 from api.live.extract import rows_of
+from api.live.openbars import OpenBars
 from api.live.series import Series
 from schemas.errors import DecodeError
 from schemas.frames import Frame
@@ -47,6 +48,7 @@ class Tail:
         self._frames: dict[int, tuple[Record, Frame]] = {}
         """Offset -> record of the ring, decoded. Two hundred series that catch up at once read the same records; decoding costs 30-90 us."""
         self._followers: dict[str, dict[int, Series]] = {}
+        self._open_bars = OpenBars()
 
     @property
     def ring_start(self) -> int:
@@ -95,26 +97,36 @@ class Tail:
             old = self._ring.popleft()
             self._ring_size -= len(old.value)
             self._frames.pop(old.offset, None)
-        if self._followers:
-            self.feed(record, self._followers, live=True)
+        if self._followers or self.topic == "bars":
+            frame = self._frame(record)
+            if frame is not None:
+                self._feed(record, frame, self._followers, live=True)
+                if self.topic == "bars":
+                    self._open_bars.take(frame)
 
-    def feed(self, record: Record, wanted: dict[str, dict[int, Series]], *, live: bool = False) -> Sequence[tuple[Series, list[int]]]:
-        """Feed one record to ``wanted``; the series that first need ClickHouse's word on some keys are returned, unfed.
+    def complete(self, series: Series) -> None:
+        """Tell a series that stands where the tail stands of its open bar, which may be older than what the series has read."""
+        found = self._open_bars.find(series.key.instrument, series.key.timeframe_s) if series.key.timeframe_s else None
+        if found is not None:
+            series.offer_open(*found)
 
-        With ``live`` they are handed to ``needs_history`` and follow no longer.
-        """
-        known = self._frames.get(record.offset)
-        if known is not None and known[0] is record:
-            frame = known[1]
-        else:
-            try:
-                frame = self._decode(record)
-            except DecodeError as exc:
-                self.bad_records += 1
-                logger.warning("Record %s[%d]@%d cannot be read and is skipped: %s", self.topic, self.partition, record.offset, exc)
-                return []
-            if not live and self._ring and record.offset >= self._ring[0].offset:
-                self._frames[record.offset] = (record, frame)
+    def feed(self, record: Record, wanted: dict[str, dict[int, Series]]) -> Sequence[tuple[Series, list[int]]]:
+        """Feed one record to ``wanted``; the series that first need ClickHouse's word on some keys are returned, unfed."""
+        frame = self._frame(record)
+        return [] if frame is None else self._feed(record, frame, wanted)
+
+    def _frame(self, record: Record) -> Frame | None:
+        try:
+            return self._decode(record)
+        except DecodeError as exc:
+            self.bad_records += 1
+            logger.warning("Record %s[%d]@%d cannot be read and is skipped: %s", self.topic, self.partition, record.offset, exc)
+            return None
+
+    def _feed(
+        self, record: Record, frame: Frame, wanted: dict[str, dict[int, Series]], *, live: bool = False
+    ) -> Sequence[tuple[Series, list[int]]]:
+        """As :meth:`feed`; with ``live`` series that need ClickHouse are handed to ``needs_history`` and follow no longer."""
         stuck: list[tuple[Series, list[int]]] = []
         for series, rows in rows_of(frame, self.topic, wanted):
             if record.offset >= series.position.offset and (keys := series.unknown(record.offset, rows)):

@@ -138,6 +138,25 @@ async def test_open_bar_is_last_in_the_snapshot_and_stale_updates_of_a_closed_ba
     await hub.stop()
 
 
+async def test_a_quiet_symbol_shows_its_open_bar_although_the_update_is_long_past() -> None:
+    """The newest update of an open bar is remembered for every symbol; a bar that has closed since is not shown as open."""
+    kafka = MemoryKafka()
+    store = MemoryStore(kafka)
+    hub, _, limits = await start_hub(kafka, store, ring_bytes=500)
+    for number in range(80):
+        kafka.append("bars", bars_frame(f"binance:S{number}-USDT", [(5, 0, 1), (6, 0, 0)], input_offset=number))
+    kafka.append("bars", bars_frame("binance:S3-USDT", [(6, 0, 1)], input_offset=90))
+    kafka.hand("bars")
+    store.catch_up("bars")
+    for symbol, flags in (("S2-USDT", [True, False]), ("S79-USDT", [True, False]), ("S3-USDT", [True, True])):
+        reader = Reader(hub, SeriesKey("bars", "binance", symbol, 60), limits)
+        await reader.start()
+        await reader.settle()
+        assert [row["is_final"] for row in reader.messages[0]["data"]] == flags
+        assert reader.messages[0]["data"][-1]["trade_count"] == 6
+    await hub.stop()
+
+
 async def test_a_late_trade_shows_as_a_corrected_bar_once() -> None:
     """A higher revision comes as ``corrected``, the same one sent again does not."""
     kafka = MemoryKafka()
