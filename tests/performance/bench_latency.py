@@ -21,9 +21,11 @@ from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from infra.kafka import consumer_config, end_offsets
+from infra.registry_client import RegistryClient
 from tests.performance.bench_box import SYMBOLS, busiest, pids_of
 from tests.performance.box import Box, Side, box, side
 from tests.performance.statistics import ratio, summary
+from tests.performance.stream_client import percentiles
 from tests.performance.usage import Meter, load_average
 
 ROUNDS = int(os.environ.get("MARKETSTREAM_BENCH_ROUNDS", "5"))
@@ -32,6 +34,7 @@ RATE = 10_000
 WATCHED = 200
 MOST_P50_MS, MOST_P99_MS = 15.0, 50.0
 SAMPLE = 100
+STAGE_RECORDS = 800
 
 
 def _rate(url: str, rate: float) -> None:
@@ -65,6 +68,32 @@ def _shape(here: Box, before: dict[str, dict[int, int]], seconds: float) -> dict
             sizes += [len(message.value()) for message in consumer.consume(SAMPLE // len(parts), 5) if not message.error()]
         count = sum(end - before[topic][partition] for partition, end in parts.items())
         found[topic] = (count / seconds, round(sum(sizes) / max(len(sizes), 1)))
+    consumer.close()
+    return found
+
+
+def _stages(here: Box, before: dict[str, dict[int, int]]) -> dict[str, list[float]]:
+    """Where the time goes, from the records of one partition: milliseconds from the newest trade of a frame to its record, from there to its bars.
+
+    Records carry the time their producer made them, in milliseconds.
+    """
+    kafka = here.settings.kafka
+    found: dict[str, list[float]] = {"socket to trades record": [], "trades record to bars record": []}
+    with RegistryClient.from_settings(here.settings) as registry:
+        trades, bars = registry.frame_codec("trades"), registry.frame_codec("bars")
+    consumer = Consumer(consumer_config(kafka, "bench"))
+    made: dict[int, int] = {}
+    consumer.assign([TopicPartition("trades", 0, before["trades"][0])])
+    for message in consumer.consume(STAGE_RECORDS, 10):
+        frame = trades.decode(message.value())
+        if frame.row_count:
+            made[message.offset()] = message.timestamp()[1]
+            found["socket to trades record"].append(message.timestamp()[1] - int(frame.columns["receive_time_us"].max()) / 1000)
+    consumer.assign([TopicPartition("bars", 0, before["bars"][0])])
+    for message in consumer.consume(STAGE_RECORDS, 10):
+        source = bars.decode(message.value()).input_offset
+        if source in made:
+            found["trades record to bars record"].append(message.timestamp()[1] - made[source])
     consumer.close()
     return found
 
@@ -105,6 +134,7 @@ def _chain(here: Box, number: int, shape: dict[str, tuple[float, int]], seconds:
 def run(rounds: int = ROUNDS) -> dict[str, Any]:
     """Milliseconds, and how many times the bare chain's they are."""
     found: dict[str, list[float]] = defaultdict(list)
+    stages: dict[str, list[float]] = defaultdict(list)
     arguments = ["--step-ms", "5", "--warmup-s", "0", "--history", "100000"]
     variables = {"MARKETSTREAM_SIM_SYMBOLS": str(SYMBOLS), "MARKETSTREAM_SIM_TRADES_PER_S": "500"}
     with box("sim", sim_arguments=arguments, **variables) as here:
@@ -126,6 +156,8 @@ def run(rounds: int = ROUNDS) -> dict[str, Any]:
                 shape = _shape(here, before, meter.seconds)
                 _rate(url, 0)
                 time.sleep(1)
+                for name, took in _stages(here, before).items():
+                    stages[name] += took
                 bare = _chain(here, number, shape, WINDOW_S)
                 _rate(url, RATE)
                 time.sleep(2)
@@ -135,6 +167,7 @@ def run(rounds: int = ROUNDS) -> dict[str, Any]:
                 print(f"round {number + 1}/{rounds}: {ours}, bare {bare}, load {load_average()}", file=sys.stderr)
             cpu = meter.cpu_percent()
     figures: dict[str, Any] = summary(found, "ms")
+    figures["stages"] = {name: percentiles([int(value * 1000) for value in took]) for name, took in stages.items()}
     figures["cpu_percent"] = cpu | {"sum": round(sum(cpu.values()), 1)}
     figures["records"] = {topic: {"per_s": round(per_s), "bytes": size} for topic, (per_s, size) in shape.items()}
     figures["load_average"] = load_average()
