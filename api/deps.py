@@ -5,7 +5,7 @@ The real ones are made in ``infra.api``; tests pass their own.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -77,7 +77,7 @@ class FrameSource(Protocol):
         """The frame in a record. Raises schemas.errors.DecodeError."""
         ...
 
-    def read(self, topic: str, partition: int, start: int, stop: int) -> AsyncIterator[Sequence[Record]]:
+    def read(self, topic: str, partition: int, start: int, stop: int) -> AsyncGenerator[Sequence[Record], None]:
         """Records ``[start, stop)`` in batches.
 
         Raises PositionLostError when the topic does not hold ``start``, StoreUnavailableError when the broker does not answer.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Final
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
@@ -92,7 +92,7 @@ class KafkaFrames:
             raise DecodeError(f"The schema registry has not answered yet, so topic '{record.topic}' cannot be read.")
         return codec.decode(record.value)
 
-    async def read(self, topic: str, partition: int, start: int, stop: int) -> AsyncIterator[Sequence[Record]]:
+    async def read(self, topic: str, partition: int, start: int, stop: int) -> AsyncGenerator[Sequence[Record], None]:
         """See FrameSource.read."""
         loop = asyncio.get_running_loop()
         consumer = Consumer(self._config("resume", **{"enable.partition.eof": True}))

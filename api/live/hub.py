@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -18,6 +17,7 @@ import msgspec
 from api.cursors import NOTHING_DUE, TOPIC_CODES, LiveCursor, Position, encode_place
 from api.deps import FrameSource, Record, StreamLimits
 from api.errors import PositionLostError, StoreUnavailableError
+from api.live.catchup import CatchUp
 from api.live.client import Subscription
 from api.live.knowledge import Knowledge
 from api.live.series import Series, SeriesKey
@@ -28,9 +28,6 @@ from schemas.seam import Clock
 logger = logging.getLogger(__name__)
 
 CHANNELS: Final = ("bars", "trades")
-_CHUNK_RECORDS: Final = 32
-"""Records decoded in one step of the event loop while catching up: about 2 ms, so others wait no longer than that."""
-_HISTORY_ROWS: Final = 500
 _RETRY_S: Final = 1.0
 _US: Final = 1_000_000
 
@@ -57,7 +54,7 @@ class Hub:
             for topic in CHANNELS
             for partition in range(partitions)
         }
-        self._began = {place: asyncio.Event() for place in self._tails}
+        self._catch_up = CatchUp(source, knowledge, limits)
         self._starting: dict[SeriesKey, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscriptions: set[Subscription] = set()
@@ -91,7 +88,7 @@ class Hub:
 
     async def ready(self, key: SeriesKey) -> None:
         """Return when the tail of the series' partition has begun. Raises StoreUnavailableError when that takes too long."""
-        await self._wait_began(self._tails[(key.channel, self.partition(key))])
+        await self._catch_up.began(self._tails[(key.channel, self.partition(key))])
 
     def lag(self) -> dict[tuple[str, int], float]:
         """Seconds since the newest record of each partition was written, as far as any was read."""
@@ -136,7 +133,6 @@ class Hub:
             return
         first = tail.next_offset < 0
         tail.begin(offset)
-        self._began[(topic, partition)].set()
         if not first:
             for series in tail.followers():
                 tail.unfollow(series)
@@ -167,7 +163,7 @@ class Hub:
     async def _open_series(self, key: SeriesKey) -> None:
         series = self._series(key)
         tail = self._tails[(key.channel, self.partition(key))]
-        await self._wait_began(tail)
+        await self._catch_up.began(tail)
         seed = await self._knowledge.seed(key, None, self._limits.snapshot_rows(key.channel))
         behind = tail.ring_start - seed.offset
         if behind > self._limits.max_resume_records:
@@ -176,7 +172,7 @@ class Hub:
         series.seed(seed)
         series.idle_since_us = self._clock.monotonic_us()
         try:
-            await self._catch_up(series)
+            await self._catch_up.run(series, tail)
         except PositionLostError as exc:
             raise StoreUnavailableError("clickhouse", f"ClickHouse lacks rows that Kafka has deleted: {exc}") from exc
         self._join(series)
@@ -197,73 +193,14 @@ class Hub:
         seed = await self._knowledge.seed(key, cursor.offset, self._limits.snapshot_rows(key.channel))
         series.deliver_from = place
         series.seed(seed)
-        await self._wait_began(tail)
+        await self._catch_up.began(tail)
         if tail.ring_start - seed.offset > self._limits.max_resume_records:
             raise PositionLostError(key.channel, cursor.partition, cursor.offset)
         if cursor.floor_key != NOTHING_DUE:
-            await self._continue_page(series, subscription, cursor)
+            await self._catch_up.page(series, subscription, cursor)
         subscription.attach(series, Position(-1))
-        await self._catch_up(series, subscription)
+        await self._catch_up.run(series, tail, subscription)
         self._join(series)
-
-    async def _continue_page(self, series: Series, subscription: Subscription, cursor: LiveCursor) -> None:
-        """Push what ClickHouse holds after the end of a page."""
-        limit = self._limits.max_resume_rows
-        rows = await self._knowledge.after(series.key, cursor.floor_key, cursor.until_us, cursor.offset, limit + 1)
-        if len(rows) > limit:
-            raise PositionLostError(series.key.channel, cursor.partition, cursor.offset)
-        for first in range(0, len(rows), _HISTORY_ROWS):
-            part = rows[first : first + _HISTORY_ROWS]
-            done = first + _HISTORY_ROWS >= len(rows)
-            subscription.push(series.history([text for _, text in part], replace(cursor, floor_key=NOTHING_DUE if done else part[-1][0])))
-            await subscription.client.drained()
-
-    # -- catching up
-
-    async def _catch_up(self, series: Series, subscription: Subscription | None = None) -> None:
-        """Feed ``series`` until it stands where its tail stands. On return nothing has run in between: join at once."""
-        tail = self._tails[(series.key.channel, self.partition(series.key))]
-        await self._wait_began(tail)
-        wanted = {series.key.instrument: {series.key.timeframe_s: series}}
-        while series.position.offset < tail.next_offset:
-            if series.position.offset >= tail.ring_start:
-                records: Sequence[Record] = tail.ring_from(series.position.offset)
-                for first in range(0, len(records), _CHUNK_RECORDS):
-                    await self._feed_chunk(tail, series, wanted, records[first : first + _CHUNK_RECORDS])
-                    if first + _CHUNK_RECORDS < len(records):
-                        await self._pause(subscription)
-                continue
-            before = series.position.offset
-            async for batch in self._source.read(tail.topic, tail.partition, before, tail.ring_start):
-                for first in range(0, len(batch), _CHUNK_RECORDS):
-                    await self._feed_chunk(tail, series, wanted, batch[first : first + _CHUNK_RECORDS])
-                    await self._pause(subscription)
-            if series.position.offset == before:
-                raise StoreUnavailableError("kafka", f"Kafka gave no record of topic '{tail.topic}' from offset {before} on.")
-
-    async def _feed_chunk(self, tail: Tail, series: Series, wanted: dict[str, dict[int, Series]], records: Sequence[Record]) -> None:
-        """Feed some records; waits only where ClickHouse must be asked about re-sent rows."""
-        for record in records:
-            stuck = tail.feed(record, wanted)
-            if stuck:
-                keys = stuck[0][1]
-                series.learn(record.offset, keys, await self._knowledge.known(series.key, keys, record.offset))
-                tail.feed(record, wanted)
-            series.advance(record.offset + 1)
-
-    async def _pause(self, subscription: Subscription | None) -> None:
-        await asyncio.sleep(0)
-        if subscription is not None:
-            await subscription.client.drained()
-
-    async def _wait_began(self, tail: Tail) -> None:
-        if tail.next_offset >= 0:
-            return
-        try:
-            async with asyncio.timeout(self._limits.begin_timeout_s):
-                await self._began[(tail.topic, tail.partition)].wait()
-        except TimeoutError:
-            raise StoreUnavailableError("kafka", f"Kafka does not answer: the tail of topic '{tail.topic}' has not begun.") from None
 
     def _join(self, series: Series) -> None:
         """``series`` stands where its tail stands: follow it, or hand its subscribers to the series that does."""
@@ -285,9 +222,10 @@ class Hub:
         self._spawn(self._rejoin(series))
 
     async def _rejoin(self, series: Series) -> None:
+        tail = self._tails[(series.key.channel, self.partition(series.key))]
         while True:
             try:
-                await self._catch_up(series)
+                await self._catch_up.run(series, tail)
             except StoreUnavailableError as exc:
                 logger.warning("%s stands still at offset %d: %s", series.key, series.position.offset, exc.reason)
                 await self._clock.sleep(_RETRY_S)

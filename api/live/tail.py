@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ class Tail:
         self.partition = partition
         self.next_offset = -1
         """Offset of the next record; -1 before the first."""
+        self.begun = asyncio.Event()
         self.bad_records = 0
         self.newest_ms = -1
         self._decode = decode
@@ -66,6 +68,7 @@ class Tail:
         self._frames.clear()
         self._ring_size = 0
         self.next_offset = offset
+        self.begun.set()
 
     def follower(self, instrument: str, timeframe_s: int) -> Series | None:
         """The series that follows live, if any."""

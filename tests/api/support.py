@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
@@ -157,7 +157,7 @@ class MemoryKafka:
     def decode(self, record: Record) -> Frame:
         return CODECS[record.topic].decode(record.value)
 
-    async def read(self, topic: str, partition: int, start: int, stop: int) -> AsyncIterator[Sequence[Record]]:
+    async def read(self, topic: str, partition: int, start: int, stop: int) -> AsyncGenerator[Sequence[Record], None]:
         if start < self.low:
             raise PositionLostError(topic, partition, start)
         for first in range(start, stop, 3):
