@@ -415,12 +415,12 @@ class BarEngine:
                     return
                 self._main[key] = value = slot
                 init_slot(self.config, self._state, slot, kind=k.MAIN, owner=slot, covered_from_us=covered_from_us or int(k.MAX64))
-            else:
-                source.newcomers.append(code)
             self._state.slot_i[slot, k.REFS] += 1
             source.join(slot)
             self._fresh.append(slot)
             source.slot_of[key] = value
+        if value >= k.NEWCOMER:
+            source.newcomers.append(code)
         code_map[code] = value
 
     def _assign_lane(self, source: _Source, key: str, code: int, code_map: npt.NDArray[np.int32]) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from processors._bars_kernel import step
 from processors.bars import BAR_COLUMNS, BarBatches, BarConfig, BarEngine, TradeBatch
 from tests.processors.market_data import assert_same_bars, binance_capture, newest, polars_bars
-from tests.processors.streams import SECOND, batches, generated_trades, play
+from tests.processors.streams import SECOND, START_US, batches, generated_trades, play
 
+Array = npt.NDArray[Any]
 CONFIG = BarConfig(live_interval_us=0)
 VALUES = [name for name in BAR_COLUMNS if name not in ("symbol_code", "revision", "complete")]
 
@@ -225,3 +228,100 @@ def test_symbols_beyond_the_limit_are_refused_and_the_others_go_on() -> None:
     assert output.accepted == 40
     assert output.rejected["row"].tolist() == list(range(40, 50))
     assert engine.symbol_count == 40
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=st.permutations(range(5)), seed=st.integers(0, 2**32 - 1), rows=st.integers(5, 60), whole=st.booleans())
+def test_files_replayed_in_any_order_give_the_bars_of_all_of_them(order: list[int], seed: int, rows: int, whole: bool) -> None:
+    """Five stretches of one symbol, minutes apart, each by a source of its own, in any order, and all of them once more."""
+    rng = np.random.default_rng(seed)
+    files = []
+    for number in range(5):
+        count = int(rng.integers(20, 120))
+        times = START_US + number * 600 * SECOND + np.cumsum(rng.integers(0, SECOND, count))
+        files.append(
+            pl.DataFrame(
+                {
+                    "exchange": "binance",
+                    "symbol": "BTC-USDT",
+                    "trade_id": 1000 * number + np.arange(count),
+                    "price": np.round(100 + rng.normal(0, 1, count), 2),
+                    "size": np.round(rng.lognormal(0, 2, count), 4) + 1e-4,
+                    "side": rng.choice([-1, 1], count),
+                    "exchange_time_us": times,
+                    "receive_time_us": times,
+                }
+            )
+        )
+    config = BarConfig(timeframes=("1s", "1m"), live_interval_us=0)
+    engine = BarEngine(config)
+    outputs = []
+    for number in order:
+        outputs += play(engine, batches(files[number], rows=1000 if whole else rows, source=f"file {number}"))
+        engine = BarEngine.restore(config, engine.snapshot())
+    assert sum(len(output.rejected["row"]) for output in outputs) == 0
+    bars = newest(outputs)
+    for timeframe, seconds in (("1s", 1), ("1m", 60)):
+        assert_same_bars(bars.filter(pl.col("timeframe_s") == seconds), polars_bars(pl.concat(files), timeframe))
+    again = [output for number in order for output in play(engine, batches(files[number], rows=rows, source="again"))]
+    assert row_count(again) == 0
+    assert sum(output.duplicates for output in again) == sum(file.height for file in files)
+
+
+def test_sources_are_bounded() -> None:
+    """Beyond max_sources the one that has been silent longest is forgotten; its symbols go on with the next source that brings them."""
+    engine = BarEngine(BarConfig(live_interval_us=0, max_sources=2))
+    trades = binance_like(6)
+    outputs = [
+        engine.process(batch)
+        for number in range(6)
+        for batch in batches(trades.slice(number, 1), rows=10, source=f"connection {number}", end=False)
+    ]
+    assert len(engine._sources) == 2
+    outputs += [engine.process(TradeBatch(source="connection 5", watermark_us=START_US + 60 * SECOND))]
+    bars = newest(outputs)
+    assert bars.filter(pl.col("timeframe_s") == 1)["trade_count"].sum() == 6
+
+
+def binance_like(count: int) -> pl.DataFrame:
+    """Trades of one symbol, one a second."""
+    times = START_US + np.arange(count) * SECOND
+    return pl.DataFrame(
+        {
+            "exchange": "binance",
+            "symbol": "BTC-USDT",
+            "trade_id": np.arange(count),
+            "price": 100.0,
+            "size": 1.0,
+            "side": 1,
+            "exchange_time_us": times,
+            "receive_time_us": times,
+        }
+    )
+
+
+def test_columns_may_be_read_only_unaligned_or_strided() -> None:
+    """As they come out of a decoded record: the same bars, and no second specialisation of the kernel."""
+    (batch,) = batches(binance_like(20), rows=100, end=False)
+    expected = raw([BarEngine(CONFIG).process(batch)])
+    compiled = len(step.signatures)
+    for change in (read_only, unaligned, strided):
+        columns = {name: change(np.asarray(column)) for name, column in batch.columns.items()}
+        other = TradeBatch(source=batch.source, watermark_us=batch.watermark_us, symbols=batch.symbols, columns=columns)
+        assert raw([BarEngine(CONFIG).process(other)]) == expected
+    assert len(step.signatures) == compiled == 1
+
+
+def read_only(column: Array) -> Array:
+    """A view of immutable bytes."""
+    return np.frombuffer(column.tobytes(), column.dtype)
+
+
+def unaligned(column: Array) -> Array:
+    """A view one byte off."""
+    return np.frombuffer(b"x" + column.tobytes(), column.dtype, offset=1)
+
+
+def strided(column: Array) -> Array:
+    """Every other element of a larger array."""
+    return np.repeat(column, 2)[::2]
