@@ -43,8 +43,10 @@ class Served:
 
 
 @asynccontextmanager
-async def served(*keys: str, stream: StreamLimits | None = None, limits: ApiLimits | None = None) -> AsyncIterator[Served]:
-    """Serve instruments ``keys`` on a free port."""
+async def served(
+    *keys: str, stream: StreamLimits | None = None, limits: ApiLimits | None = None, plain: bool = False
+) -> AsyncIterator[Served]:
+    """Serve instruments ``keys`` on a free port; ``plain``: by a server that offers no writer of its own."""
     kafka, history, symbols = MemoryKafka(), MemoryHistory(), MemorySymbols(*keys)
     store = MemoryStore(kafka)
     deps = Deps(
@@ -61,7 +63,9 @@ async def served(*keys: str, stream: StreamLimits | None = None, limits: ApiLimi
     api.hub = Hub(kafka, store, deps.clock, 1, deps.stream)
     api.stream._hub = api.hub
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = ApiServer(server_config(api), api)
+        config = server_config(api)
+        config.ws = "websockets-sansio" if plain else config.ws
+        server = ApiServer(config, api)
         task = asyncio.ensure_future(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.005)

@@ -51,6 +51,24 @@ async def test_subscribe_acknowledges_then_snapshot_then_live_with_rising_number
             assert (await hear(client))["data"]["op"] == "ping"
 
 
+async def test_any_asgi_server_will_do() -> None:
+    """Without our writer messages go out through ASGI's ``send``, in order."""
+    async with served(KEY, plain=True) as run, run.socket() as client:
+        await ask(client, op="subscribe", id=1, **TRADES)
+        await hear(client, "snapshot")
+        for first in range(0, 500, 5):
+            run.kafka.append("trades", trades_frame(KEY, range(first, first + 5)))
+            run.kafka.hand("trades")
+            if first % 50 == 0:
+                await asyncio.sleep(0)
+        seen: list[int] = []
+        while len(seen) < 500:
+            message = await hear(client, "update")
+            seen += [row["trade_id"] for row in message["data"]]
+        assert seen == list(range(500))
+        assert message["seq"] == 101
+
+
 @pytest.mark.parametrize(
     ("request_", "code", "word"),
     [
