@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from processors.bars import REJECT_REASONS, BarBatches, BarConfig, BarEngine
-from schemas.codec import FrameCodec, RowCodec, decode_learning
+from schemas.codec import FrameCodec, RowCodec, decode_learning, frame_dtypes, schema_text
 from schemas.errors import DecodeError
 from schemas.frames import Frame
 from schemas.symbols import SIDE_NAMES, parse_key
@@ -32,25 +32,7 @@ COMPONENT: Final = "worker"
 _STATE_HEADER: Final = struct.Struct("<4sHHqII")
 _STATE_MAGIC: Final = b"MSBS"
 _STATE_VERSION: Final = 1
-_ROW_FIELDS: Final = (
-    "open_time_us",
-    "close_time_us",
-    "open",
-    "high",
-    "low",
-    "close",
-    "volume",
-    "quote_volume",
-    "buy_volume",
-    "trade_count",
-    "vwap",
-    "first_trade_id",
-    "last_trade_id",
-    "revision",
-    "is_final",
-    "complete",
-    "last_receive_time_us",
-)
+_ROW_FIELDS: Final = tuple(name for name in frame_dtypes(schema_text("bars")) if name not in ("symbol_code", "timeframe_s"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
