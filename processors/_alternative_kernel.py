@@ -1,7 +1,10 @@
 """The compiled part of tick, volume, dollar and imbalance bars: columns of trades in, rows of closed bars out, state changed in place.
 
-All compiled functions of these bars stand in this one file (see ``_bars_kernel`` for why). A trade closes at most one bar, so a frame of n
-rows writes at most n rows and the buffers are allocated before the call.
+All compiled functions of these bars and the constants they use stand in this one file (see ``_bars_kernel`` for why). A trade closes at most
+one bar, so a frame of n rows writes at most n rows and the buffers are allocated before the call.
+
+:func:`step` stops at the first trade of a symbol that has no slot yet (``NEED_SLOT``) and is called again once it has one: slots follow the
+order of first trades taken, whatever the batches and their dictionaries.
 """
 
 from __future__ import annotations
@@ -9,9 +12,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from processors import _bars_kernel as k
-
 _inline = njit(_nrt=False, forceinline=True)
+
+MAX64 = np.int64(2**62)
+"""Ids from here on are refused; as in time bars."""
+MAX_VALUE = 1e18
+"""Prices and sizes from here on are refused; as in time bars."""
+R_BAD_SYMBOL, R_NOT_FINITE, R_PRICE, R_SIZE, R_TIME, R_ID, R_TOO_LATE, R_FULL = 1, 2, 3, 4, 5, 6, 7, 8
+"""Reasons of refusal; as in time bars."""
+
+DONE, NEED_SLOT = range(2)
+UNMAPPED, REFUSED = -1, -2
+"""Slots of a code: none yet, and none to be had."""
 
 TICK, VOLUME, DOLLAR, TICK_IMBALANCE, VOLUME_IMBALANCE, DOLLAR_IMBALANCE = range(6)
 
@@ -31,7 +43,8 @@ PARAMS = 9
 O_CODE, O_NUMBER, O_OPEN_T, O_CLOSE_T, O_FIRST_ID, O_LAST_ID, O_COUNT, O_RECV = range(8)
 O_OPEN, O_HIGH, O_LOW, O_CLOSE, O_VOLUME, O_QUOTE, O_BUY, O_VWAP, O_PROGRESS, O_THRESHOLD = range(10)
 
-N_ROWS, N_REJECTED, N_DUPLICATES, N_ACCEPTED = range(4)
+N_ROWS, N_REJECTED, N_DUPLICATES, N_ACCEPTED, N_POS = range(5)
+COUNTS = 5
 
 
 @_inline
@@ -65,6 +78,19 @@ def _update(i, f, s, price, size, quote, buy, t, tid, receive):  # type: ignore[
 
 
 @_inline
+def _sign(par, i, f, s, price, side):  # type: ignore[no-untyped-def]
+    """Sign of a trade: the taker's side where it is wanted and known, otherwise that of the last price change."""
+    if price > f[s, PREVIOUS]:
+        i[s, SIGN] = 1
+    elif price < f[s, PREVIOUS]:
+        i[s, SIGN] = -1
+    f[s, PREVIOUS] = price
+    if par[P_SIDE] > 0.0 and side != 0:
+        return 1 if side > 0 else -1
+    return i[s, SIGN]
+
+
+@_inline
 def _write(i, f, s, oi, of, n, code, progress, threshold):  # type: ignore[no-untyped-def]
     """Write the open bar as row ``n``."""
     oi[O_CODE, n] = code
@@ -94,41 +120,44 @@ def _learn(par, i, f, s, theta):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, _nrt=False)
 def step(par, state_i, state_f, rows, slots, oi, of, rejected_row, rejected_reason, counts):  # type: ignore[no-untyped-def]
-    """Process the rows of a frame.
+    """Process the rows of a frame from ``counts[N_POS]`` on. Returns DONE, or NEED_SLOT with the row in ``counts[N_POS]``.
 
     Args:
         par: float64 (PARAMS,).
         state_i: int64 (symbols, STATE_INTS), changed in place.
         state_f: float64 (symbols, STATE_FLOATS), changed in place.
         rows: Rows, as of time bars.
-        slots: int32, symbol of each code, -1 where there is no room for it.
+        slots: int32, slot of each code, or UNMAPPED, or REFUSED.
         oi: int64 (8, rows), closed bars.
         of: float64 (10, rows), closed bars.
         rejected_row: int64 (rows,).
         rejected_reason: int8 (rows,).
-        counts: int64 (4,): rows written, rejected, duplicates, accepted.
+        counts: int64 (COUNTS,): rows written, rejected, duplicates, accepted, the row to begin with.
     """
     kind = int(par[P_KIND])
-    for r in range(rows.code.shape[0]):
+    for r in range(counts[N_POS], rows.code.shape[0]):
         price, size, t, tid, receive = rows.price[r], rows.size[r], rows.time[r], rows.trade_id[r], rows.receive[r]
         code = rows.code[r]
         reason = 0
         if not (np.isfinite(price) and np.isfinite(size)):
-            reason = k.R_NOT_FINITE
-        elif not (0.0 < price < k.MAX_VALUE):
-            reason = k.R_PRICE
-        elif not (0.0 <= size < k.MAX_VALUE):
-            reason = k.R_SIZE
-        elif not (0 <= tid < k.MAX64):
-            reason = k.R_ID
+            reason = R_NOT_FINITE
+        elif not (0.0 < price < MAX_VALUE):
+            reason = R_PRICE
+        elif not (0.0 <= size < MAX_VALUE):
+            reason = R_SIZE
+        elif not (0 <= tid < MAX64):
+            reason = R_ID
         elif not (par[P_MIN_T] <= t < par[P_MAX_T]) or not (0 <= receive < par[P_MAX_T]):
-            reason = k.R_TIME
+            reason = R_TIME
         elif code < 0 or code >= slots.shape[0]:
-            reason = k.R_BAD_SYMBOL
+            reason = R_BAD_SYMBOL
+        elif slots[code] == UNMAPPED:
+            counts[N_POS] = r
+            return NEED_SLOT
         elif slots[code] < 0:
-            reason = k.R_FULL
+            reason = R_FULL
         elif tid < state_i[slots[code], FIRST_SEEN]:
-            reason = k.R_TOO_LATE
+            reason = R_TOO_LATE
         if reason > 0:
             rejected_row[counts[N_REJECTED]] = r
             rejected_reason[counts[N_REJECTED]] = reason
@@ -151,15 +180,8 @@ def step(par, state_i, state_f, rows, slots, oi, of, rejected_row, rejected_reas
         elif kind in (DOLLAR, DOLLAR_IMBALANCE):
             measure = quote
         if kind >= TICK_IMBALANCE:
-            if par[P_SIDE] > 0.0:
-                state_i[s, SIGN] = 1 if rows.side[r] > 0 else -1
-            elif price > state_f[s, PREVIOUS]:
-                state_i[s, SIGN] = 1
-            elif price < state_f[s, PREVIOUS]:
-                state_i[s, SIGN] = -1
-            state_f[s, PREVIOUS] = price
             state_f[s, ABS] += measure
-            measure *= state_i[s, SIGN]
+            measure *= _sign(par, state_i, state_f, s, price, rows.side[r])
         _add(state_f, s, AH, measure)
         progress = state_f[s, AH] + state_f[s, AL]
         threshold = state_f[s, THRESHOLD]
@@ -183,3 +205,4 @@ def step(par, state_i, state_f, rows, slots, oi, of, rejected_row, rejected_reas
         state_f[s, AL] = 0.0
         state_i[s, NUMBER] += 1
         state_i[s, COUNT] = 0
+    return DONE

@@ -4,7 +4,7 @@ Comes in: trades of one partition (:class:`~processors.bars.TradeBatch`), or a D
 
 * **tick**: closes after ``threshold`` trades. **volume**: after ``threshold`` base units. **dollar**: after ``threshold`` quote units.
 * **imbalance** (Lopez de Prado, *Advances in Financial Machine Learning*, 2018, chapter 2.3.2): closes when the signed flow of the bar,
-  ``|sum(b * v)|``, reaches ``E[trades a bar] * |E[b * v]|``. ``b`` is the sign of the last price change (tick rule), or the taker's side;
+  ``|sum(b * v)|``, reaches ``E[trades a bar] * |E[b * v]|``. ``b`` is the taker's side, or the sign of the last price change (tick rule);
   ``v`` is 1, the size or the quote value. Both expectations are exponentially weighted means over closed bars (``span``). Left alone they
   run away or collapse, so they are bounded: expected trades stay within ``min_ticks .. max_ticks``, the expected imbalance is at least
   ``min_imbalance`` of the mean absolute flow, and no bar has fewer than ``min_ticks`` or more than ``max_ticks`` trades. The first bar of
@@ -79,8 +79,8 @@ class AlternativeBarConfig:
     """Instrument key -> its own threshold (for imbalance bars: its own ``initial_ticks``)."""
     carry_over: bool = False
     """Whether what a bar has beyond its threshold counts towards the next one; not used by imbalance bars."""
-    sign: Literal["tick_rule", "side"] = "tick_rule"
-    """Imbalance bars: where the sign of a trade comes from."""
+    sign: Literal["side", "tick_rule"] = "side"
+    """Imbalance bars: where the sign of a trade comes from. A trade of unknown side (0) takes that of the tick rule."""
     span: int = 20
     """Imbalance bars: bars over which expectations are weighted, alpha = 2 / (span + 1)."""
     initial_ticks: int = 100
@@ -164,16 +164,13 @@ class AlternativeBarEngine:
         rows = input_rows(frame.columns)
         count = len(rows.code)
         if self._symbols is not frame.symbols:
-            self._symbols = frame.symbols
-            self._slots = self._map(frame.symbols, rows.code)
-        elif count:
-            missing = np.unique(rows.code[(rows.code >= 0) & (rows.code < len(self._slots))])
-            if (self._slots[missing] < 0).any():
-                self._slots = self._map(frame.symbols, rows.code)
+            self._symbols, self._slots = frame.symbols, self._map(frame.symbols)
         out_i, out_f = np.empty((len(_INTS), count), np.int64), np.empty((len(_FLOATS), count), np.float64)
         rejected_row, rejected_reason = np.empty(count, np.int64), np.empty(count, np.int8)
-        counts = np.zeros(4, np.int64)
-        k.step(self._par, self._ints, self._floats, rows, self._slots, out_i, out_f, rejected_row, rejected_reason, counts)
+        counts = np.zeros(k.COUNTS, np.int64)
+        while k.step(self._par, self._ints, self._floats, rows, self._slots, out_i, out_f, rejected_row, rejected_reason, counts) != k.DONE:
+            code = int(rows.code[counts[k.N_POS]])
+            self._slots[code] = self._slot(frame.symbols[code])
         n, rejected = int(counts[k.N_ROWS]), int(counts[k.N_REJECTED])
         bars: dict[str, npt.NDArray[Any]] = dict(zip(_INTS, out_i[:, :n].copy(), strict=True))
         bars["symbol_code"] = bars["symbol_code"].astype(np.int32)
@@ -186,19 +183,25 @@ class AlternativeBarEngine:
             duplicates=int(counts[k.N_DUPLICATES]),
         )
 
-    def _map(self, symbols: tuple[str, ...], codes: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Slot of each code; symbols that occur get one while there is room."""
-        slots = np.fromiter(map(self._slot_of.get, symbols, repeat(-1)), np.int32, len(symbols))
-        if (slots < 0).any():
-            present = np.unique(codes[(codes >= 0) & (codes < len(symbols))])
-            for code in present[slots[present] < 0].tolist():
-                slots[code] = self._new_slot(symbols[code])
+    def _map(self, symbols: tuple[str, ...]) -> npt.NDArray[np.int32]:
+        """Slot of each code. Symbols without one get it at their first trade, those that can never have one are refused right here."""
+        slots = np.fromiter(map(self._slot_of.get, symbols, repeat(k.UNMAPPED)), np.int32, len(symbols))
+        for code in np.flatnonzero(slots < 0).tolist():
+            if not self._has_room(symbols[code]):
+                slots[code] = k.REFUSED
         return slots
 
-    def _new_slot(self, key: str) -> int:
+    def _has_room(self, key: str) -> bool:
+        return len(self._slot_of) < self.config.max_symbols and self.config.threshold_of(key) > 0.0
+
+    def _slot(self, key: str) -> int:
+        """Slot of a symbol, a new one if it has none: a key may stand twice in a dictionary."""
+        slot = self._slot_of.get(key)
+        if slot is not None:
+            return slot
+        if not self._has_room(key):
+            return k.REFUSED
         slot = len(self._slot_of)
-        if slot >= self.config.max_symbols or not self.config.threshold_of(key) > 0.0:
-            return -1
         if slot == len(self._ints):
             self._ints = np.concatenate((self._ints, np.zeros_like(self._ints)))
             self._floats = np.concatenate((self._floats, np.zeros_like(self._floats)))

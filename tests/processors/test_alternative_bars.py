@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from processors import _alternative_kernel as kernel
+from processors import _bars_kernel as time_kernel
 from processors.alternative_bars import (
     AlternativeBarConfig,
     AlternativeBarEngine,
@@ -20,6 +23,7 @@ from processors.alternative_bars import (
     build_tick,
     build_volume,
 )
+from processors.bars import TradeBatch
 from processors.errors import BarConfigError, SnapshotConfigError, SnapshotError
 from schemas.errors import VocabularyError
 from tests.processors.market_data import binance_capture
@@ -30,9 +34,9 @@ CONFIGS: list[AlternativeBarConfig] = [
     AlternativeBarConfig(kind="volume", threshold=12.5),
     AlternativeBarConfig(kind="volume", threshold=12.5, carry_over=True),
     AlternativeBarConfig(kind="dollar", threshold=900.0),
-    AlternativeBarConfig(kind="tick_imbalance", initial_ticks=5, min_ticks=2, max_ticks=30, span=3),
+    AlternativeBarConfig(kind="tick_imbalance", initial_ticks=5, min_ticks=2, max_ticks=30, span=3, sign="tick_rule"),
     AlternativeBarConfig(kind="volume_imbalance", initial_ticks=5, min_ticks=2, max_ticks=30, span=3, sign="side"),
-    AlternativeBarConfig(kind="dollar_imbalance", initial_ticks=5, min_ticks=2, max_ticks=30, span=3),
+    AlternativeBarConfig(kind="dollar_imbalance", initial_ticks=5, min_ticks=2, max_ticks=30, span=3, sign="tick_rule"),
 ]
 
 
@@ -47,12 +51,10 @@ def by_hand(trades: list[dict[str, Any]], config: AlternativeBarConfig) -> list[
         open_bar.append(row)
         measure = {"t": 1.0, "v": row["size"], "d": row["price"] * row["size"]}[config.kind[0]]
         if config.is_imbalance:
-            if config.sign == "side":
-                sign = row["side"]
-            elif row["price"] != previous:
+            if row["price"] != previous:
                 sign = 1 if row["price"] > previous else -1
             previous = row["price"]
-            measure *= sign
+            measure *= row["side"] if config.sign == "side" and row["side"] else sign
         flows.append(measure)
         progress = math.fsum([carried, *flows])
         count = len(open_bar)
@@ -213,3 +215,60 @@ def test_damaged_and_foreign_states_are_refused() -> None:
     other: Kind = "volume"
     with pytest.raises(SnapshotConfigError):
         AlternativeBarEngine.restore(AlternativeBarConfig(kind=other, threshold=3), data)
+
+
+def test_a_key_that_stands_twice_in_a_dictionary_is_one_symbol() -> None:
+    """Both of its codes lead to the same bar, and the next new symbol has a bar of its own."""
+    engine = AlternativeBarEngine(AlternativeBarConfig(kind="tick", threshold=3))
+    twice = TradeBatch(
+        source="test",
+        watermark_us=0,
+        symbols=("binance:A", "binance:A"),
+        columns={**frame(trade(1, 0.1), trade(2, 0.2)).columns, "symbol_code": np.array([0, 1], np.int32)},
+    )
+    engine.process(twice)
+    output = engine.process(frame(trade(1, 0.3, symbol="B"), trade(3, 0.4, symbol="A")))
+    assert output.bars["trade_count"].tolist() == [3]
+    assert output.symbols[output.bars["symbol_code"][0]] == "binance:A"
+
+
+def test_a_refused_row_takes_no_room() -> None:
+    """Room for one symbol is not taken by one whose only trade is refused."""
+    engine = AlternativeBarEngine(AlternativeBarConfig(kind="tick", threshold=1, max_symbols=1))
+    output = engine.process(frame(trade(1, 0.1, price=math.nan, symbol="A"), trade(1, 0.2, symbol="B"), trade(2, 0.3, symbol="A")))
+    assert list(zip(output.rejected["row"].tolist(), output.rejected["reason"].tolist(), strict=True)) == [(0, 2), (2, 8)]
+    assert output.bars["symbol_code"].tolist() == [1]
+
+
+def test_equal_state_has_equal_bytes_however_the_trades_came() -> None:
+    """The order of a dictionary and the cuts between batches leave no trace in the state."""
+    config = AlternativeBarConfig(kind="tick", threshold=5)
+    rows = [trade(1, 0.1, symbol="B"), trade(1, 0.2, symbol="A"), trade(2, 0.3, symbol="B")]
+    whole, single = AlternativeBarEngine(config), AlternativeBarEngine(config)
+    whole.process(frame(*rows, symbols=("binance:A", "binance:B", "binance:C")))
+    for row in rows:
+        single.process(frame(row))
+    assert whole.snapshot() == single.snapshot()
+
+
+def test_trades_of_unknown_side_take_the_sign_of_the_tick_rule() -> None:
+    """Side 0 is a buy when the price rose, a sell when it fell, and like the last change when it stayed."""
+    engine = AlternativeBarEngine(AlternativeBarConfig(kind="tick_imbalance", initial_ticks=6, sign="side", min_ticks=1))
+    prices, sides = [10.0, 11.0, 11.0, 12.0, 12.0, 11.0], [0, 0, 0, -1, 0, 0]
+    output = engine.process(
+        frame(*(trade(n + 1, n / 10, price, side=side) for n, (price, side) in enumerate(zip(prices, sides, strict=True))))
+    )
+    assert output.bars["progress"].tolist() == [1 + 1 + 1 - 1 + 1 - 1]
+
+
+def test_the_takers_side_is_the_default_sign() -> None:
+    """Where nothing is said, the signs of trades are what the exchange says."""
+    assert AlternativeBarConfig(kind="tick_imbalance").sign == "side"
+
+
+def test_copied_constants_equal_those_of_time_bars() -> None:
+    """The kernel holds its own copies, because numba's cache looks at the kernel's own file only."""
+    names = [name for name in vars(kernel) if name.startswith("R_")] + ["MAX64", "MAX_VALUE"]
+    assert len(names) == 10
+    assert {name: getattr(kernel, name) for name in names} == {name: getattr(time_kernel, name) for name in names}
+    assert not [name for name, value in vars(kernel).items() if inspect.ismodule(value) and value.__name__.startswith("processors")]
