@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from processors import _alternative_kernel as k
-from processors.bars import TRADE_DTYPES, TradeBatch, TradeFrame, input_rows
+from processors.bars import TradeFrame, input_rows
 from processors.errors import BarConfigError, SnapshotConfigError, SnapshotError
 from schemas.errors import VocabularyError
 from schemas.timeframes import MAX_TIME_US, MIN_TIME_US
@@ -257,7 +257,17 @@ def _config_id(config: AlternativeBarConfig) -> str:
 
 
 def build_tick(trades: pl.DataFrame, ticks: int) -> pl.DataFrame:
-    """Bars of ``ticks`` trades each. For trades, columns and errors see :func:`processors.bars.build`; unfinished bars are left out."""
+    """Bars of ``ticks`` trades each, ordered by exchange, symbol and ``bar_number``. Unfinished bars are left out.
+
+    Args:
+        trades: as of :func:`processors.bars.build`, rows in any order. Rows that repeat a trade are dropped.
+        ticks: trades of a bar.
+
+    Raises:
+        TradeInputError: as of :func:`processors.bars.build`; also where ids do not rise with exchange time within a symbol, or one id has
+            two meanings: the message names the row and the id.
+        BarConfigError: ``ticks`` is not above 0.
+    """
     return _build(trades, AlternativeBarConfig(kind="tick", threshold=ticks))
 
 
@@ -286,38 +296,6 @@ def build_imbalance(
 
 
 def _build(trades: pl.DataFrame, config: AlternativeBarConfig) -> pl.DataFrame:
-    import polars as pl  # not at the top: workers that stream never need polars
+    from processors.alternative_batch import build  # not at the top: workers that stream never need polars
 
-    from processors.bars_batch import trade_columns
-
-    ordered = trade_columns(trades)
-    keys = ordered.select(key=pl.col("exchange") + ":" + pl.col("symbol"))["key"]
-    symbols = tuple(keys.unique(maintain_order=True).to_list())
-    codes = keys.replace_strict(symbols, list(range(len(symbols))), return_dtype=pl.Int32) if symbols else keys.cast(pl.Int32)
-    columns = {
-        name: (codes if name == "symbol_code" else ordered[name]).to_numpy().astype(dtype, copy=False)
-        for name, dtype in TRADE_DTYPES.items()
-    }
-    engine = AlternativeBarEngine(config)
-    output = engine.process(TradeBatch(source="batch", watermark_us=0, symbols=symbols, columns=columns))
-    names = pl.Series("key", symbols, dtype=pl.String).gather(output.bars["symbol_code"])
-    parts = names.str.splitn(":", 2).struct.unnest()
-    frame = pl.DataFrame({name: column for name, column in output.bars.items() if name not in ("symbol_code", "last_receive_time_us")})
-    times = [pl.from_epoch(f"{name}_us", "us").dt.replace_time_zone("UTC").alias(name) for name in ("open_time", "close_time")]
-    return (
-        frame.with_columns(exchange=parts.to_series(0), symbol=parts.to_series(1), kind=pl.lit(config.kind))
-        .with_columns(times)
-        .select(
-            "exchange",
-            "symbol",
-            "kind",
-            "bar_number",
-            "open_time",
-            "close_time",
-            *_FLOATS,
-            "trade_count",
-            "first_trade_id",
-            "last_trade_id",
-        )
-        .sort("exchange", "symbol", "bar_number")
-    )
+    return build(trades, config)

@@ -24,7 +24,7 @@ from processors.alternative_bars import (
     build_volume,
 )
 from processors.bars import TradeBatch
-from processors.errors import BarConfigError, SnapshotConfigError, SnapshotError
+from processors.errors import BarConfigError, SnapshotConfigError, SnapshotError, TradeInputError
 from schemas.errors import VocabularyError
 from tests.processors.market_data import binance_capture
 from tests.processors.streams import batches, frame, generated_trades, trade
@@ -272,3 +272,40 @@ def test_copied_constants_equal_those_of_time_bars() -> None:
     assert len(names) == 10
     assert {name: getattr(kernel, name) for name in names} == {name: getattr(time_kernel, name) for name in names}
     assert not [name for name, value in vars(kernel).items() if inspect.ismodule(value) and value.__name__.startswith("processors")]
+
+
+def test_ids_that_contradict_times_are_refused_by_name() -> None:
+    """The order of trades makes these bars: where ids and times disagree, no order is right, and no trade may vanish."""
+    rows = pl.DataFrame([trade(1, 0.1), trade(3, 0.2), trade(2, 0.3), trade(4, 0.4)])
+    for door in (
+        lambda: build_tick(rows, 2),
+        lambda: build_volume(rows, 2.0),
+        lambda: build_dollar(rows, 9.0),
+        lambda: build_imbalance(rows),
+    ):
+        with pytest.raises(TradeInputError, match=r"Row 2 .*binance:BTC-USDT.* id 2 .* id 3.*must rise with time"):
+            door()
+
+
+def test_an_id_with_two_meanings_is_refused_by_name() -> None:
+    """Two different trades cannot have one id."""
+    rows = pl.DataFrame([trade(2, 0.2), trade(1, 0.1), trade(2, 0.2, price=101.0)])
+    with pytest.raises(TradeInputError, match=r"Row 2 .*id 2 .*other values"):
+        build_tick(rows, 1)
+
+
+def test_batch_doors_take_rows_in_any_order_and_each_trade_once() -> None:
+    """Rows are put in order; the same trade twice, received at another time, counts once."""
+    ordered = pl.DataFrame([trade(number, number // 3 / 10, 100.0 + number, symbol=symbol) for number in range(20) for symbol in "AB"])
+    again = ordered.with_columns(receive_time_us=pl.col("receive_time_us") + 7)
+    expected = build_tick(ordered, 5)
+    assert expected["trade_count"].sum() == 40
+    assert build_tick(pl.concat([ordered, again]).sample(fraction=1.0, shuffle=True, seed=5), 5).equals(expected)
+
+
+def test_batch_doors_take_any_number_of_symbols() -> None:
+    """The bound on a partition's symbols is one of the stream: here it would only lose trades."""
+    config = AlternativeBarConfig(kind="tick_imbalance", initial_ticks=1, min_ticks=1, max_symbols=1)
+    rows = pl.DataFrame([trade(1, 0.1, symbol=symbol) for symbol in "ABC"])
+    assert build_imbalance(rows, config=config)["symbol"].to_list() == ["A", "B", "C"]
+    assert build_tick(rows.clear(), 5).is_empty()
