@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_S: Final = 10.0
 _POLL_INTERVAL_S: Final = 0.002
+_SENDS_A_POLL: Final = 32
+"""Delivery reports are served at least every so many sends: each poll gives the interpreter away, and it takes up to a switch interval
+(5 ms) to get it back from another thread."""
 _COMPLAIN_EVERY_S: Final = 10.0
 
 
@@ -121,6 +124,7 @@ class FrameProducer:
         self._sent_count: dict[tuple[str, int], int] = {}
         self._acked_count: dict[tuple[str, int], int] = {}
         self._failure: KafkaError | None = None
+        self._unpolled = 0
 
     async def send(self, topic_name: str, partition: int, frame: Frame) -> None:
         """Queue ``frame`` for that partition. Raises EncodeError; UnreachableError when the broker refused an earlier record for good."""
@@ -135,7 +139,7 @@ class FrameProducer:
         await self.send_raw(topic_name, partition, key.encode(), codec.encode(row))
 
     async def send_raw(self, topic_name: str, partition: int, key: bytes | None, value: bytes) -> None:
-        """Queue bytes that are already encoded."""
+        """Queue bytes that are already encoded. Delivery reports are served now and then; call :meth:`poll` when done for the moment."""
         while not self.try_send(topic_name, partition, key, value):
             self._producer.poll(0)
             await asyncio.sleep(_POLL_INTERVAL_S)
@@ -150,7 +154,9 @@ class FrameProducer:
             return False
         place = (topic_name, partition)
         self._sent_count[place] = self._sent_count.get(place, 0) + 1
-        self._producer.poll(0)
+        self._unpolled += 1
+        if self._unpolled >= _SENDS_A_POLL:
+            self.poll()
         return True
 
     async def flush(self, timeout_s: float = 30.0) -> dict[str, dict[int, int]]:
@@ -187,6 +193,7 @@ class FrameProducer:
 
     def poll(self) -> None:
         """Serve delivery reports; call it when nothing was sent for a while."""
+        self._unpolled = 0
         self._producer.poll(0)
 
     @property

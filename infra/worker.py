@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_S: Final = 10.0
 _STUCK_AFTER_S: Final = 30.0
+_SWITCH_S: Final = 0.0005
 
 TRADES = Counter("worker_trades_total", "Trades turned into bars")
 APPLIED = Gauge("worker_applied_offset", "Offset of the newest trades record in the state", ["partition"])
@@ -141,6 +142,8 @@ def run(settings: Settings, index: int) -> int:
     from streams.app import AppConfig, create_app
 
     registry = RegistryClient.from_settings(settings)
+    # Faust's consumer runs in a thread of its own; at the default of 5 ms a frame waits that long for the interpreter at every hand-over
+    sys.setswitchinterval(_SWITCH_S)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     runner = build_runner(settings, registry)
