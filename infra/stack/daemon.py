@@ -33,7 +33,7 @@ logger = logging.getLogger("infra.stack.daemon")
 POLL_STARTING_S = 0.03
 POLL_IDLE_S = 1.0
 HOUSEKEEPING_S = 10.0
-BACKOFF_FIRST_S, BACKOFF_MOST_S, BACKOFF_RESET_S = 0.1, 10.0, 30.0
+BACKOFF_FIRST_S, BACKOFF_MOST_S, BACKOFF_RESET_S = 0.1, 10.0, 5.0
 LOW_DISK_BYTES = 128 * 1024 * 1024
 Emit = Callable[[dict[str, Any]], None]
 

@@ -35,7 +35,7 @@ class ProcessSpec:
     after: tuple[str, ...] = ()
     """Names of processes that must be ready first; stopping goes the other way."""
     restart: bool = True
-    """Start it again when it ends, with growing pauses (0.1 s doubling to 10 s, back to 0.1 s after 30 s of running)."""
+    """Start it again when it ends, with growing pauses (0.1 s doubling to 10 s, back to 0.1 s after 5 s of running)."""
     ready_timeout_s: float = 60.0
     """Seconds it may take to become ready at the first start."""
     stop_signal: str = "SIGTERM"
