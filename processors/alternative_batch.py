@@ -18,6 +18,7 @@ from processors.alternative_bars import AlternativeBarConfig, AlternativeBarEngi
 from processors.bars import TRADE_DTYPES, TradeBatch
 from processors.bars_batch import CHUNK_ROWS, trade_columns
 from processors.errors import TradeInputError
+from schemas.frames import END_OF_SOURCE
 
 _log = logging.getLogger(__name__)
 
@@ -35,11 +36,13 @@ COLUMNS: Final = (
     "quote_volume",
     "buy_volume",
     "vwap",
+    "imbalance",
     "progress",
     "threshold",
     "trade_count",
     "first_trade_id",
     "last_trade_id",
+    "complete",
 )
 
 
@@ -58,7 +61,8 @@ def build(trades: pl.DataFrame, config: AlternativeBarConfig) -> pl.DataFrame:
     parts = []
     for start in range(0, max(ordered.height, 1), CHUNK_ROWS):
         chunk = {name: column[start : start + CHUNK_ROWS] for name, column in columns.items()}
-        output = engine.process(TradeBatch(source="batch", watermark_us=0, symbols=symbols, columns=chunk))
+        flags = END_OF_SOURCE if start + CHUNK_ROWS >= ordered.height else 0
+        output = engine.process(TradeBatch(source="batch", watermark_us=0, symbols=symbols, columns=chunk, flags=flags))
         lost = len(chunk["price"]) - output.accepted
         if lost:  # the checks above leave no way to get here; should there be one, no trade vanishes in silence
             raise TradeInputError(
@@ -99,6 +103,7 @@ def _to_polars(bars: dict[str, npt.NDArray[Any]], symbols: tuple[str, ...], conf
     names = pl.Series("key", symbols, dtype=pl.String).gather(bars["symbol_code"])
     parts = names.str.splitn(":", 2).struct.unnest()
     frame = pl.DataFrame({name: column for name, column in bars.items() if name not in ("symbol_code", "last_receive_time_us")})
+    frame = frame.with_columns(pl.col("complete").cast(pl.Boolean))
     times = [pl.from_epoch(f"{name}_us", "us").dt.replace_time_zone("UTC").alias(name) for name in ("open_time", "close_time")]
     return (
         frame.with_columns(exchange=parts.to_series(0), symbol=parts.to_series(1), kind=pl.lit(config.kind))
