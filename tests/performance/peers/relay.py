@@ -45,6 +45,9 @@ def send(settings: KafkaSettings, topic: str, *, size: int, per_s: float, second
     """Records of ``size`` bytes to all partitions in turn, ``per_s`` together."""
     producer = Producer(producer_config(settings))
     filler = bytes(i * 37 % 251 for i in range(max(size - _STAMP.size, 0)))
+    for partition in range(settings.partitions):  # connect first: what is queued meanwhile would count as slow
+        producer.produce(topic, _STAMP.pack(0), partition=partition)
+    producer.flush(10)
     began, sent = time.monotonic(), 0
     while _running and (now := time.monotonic()) < began + seconds:
         while sent < (now - began) * per_s:
@@ -76,7 +79,9 @@ def receive(settings: KafkaSettings, topic: str) -> None:
     while _running:
         message = consumer.poll(0.1)
         if message is not None and not message.error():
-            took_us.append((time.time_ns() - _STAMP.unpack_from(message.value())[0]) // 1000)
+            made_ns = _STAMP.unpack_from(message.value())[0]
+            if made_ns:
+                took_us.append((time.time_ns() - made_ns) // 1000)
     consumer.close()
     _say(event="done", **percentiles(took_us))
 
