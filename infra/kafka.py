@@ -299,8 +299,8 @@ def committed_offsets(settings: KafkaSettings, group: str, topic_names: Iterable
         consumer.close()
 
 
-def last_record(settings: KafkaSettings, topic_name: str, partition: int, consumer: Consumer | None = None) -> bytes | None:
-    """Value of the newest record of a partition, None when it is empty. Raises UnreachableError."""
+def last_record(settings: KafkaSettings, topic_name: str, partition: int, consumer: Consumer | None = None) -> tuple[int, bytes] | None:
+    """(offset, value) of the newest record of a partition, None when it is empty. Raises UnreachableError."""
     own = consumer or Consumer(consumer_config(settings, "last-record"))
     full = TOPICS[topic_name].full_name(settings.topic_prefix)
     try:
@@ -311,8 +311,7 @@ def last_record(settings: KafkaSettings, topic_name: str, partition: int, consum
         message = own.poll(_TIMEOUT_S)
         if message is None or message.error():
             raise unreachable(settings, TimeoutError(f"no answer reading {full}[{partition}] at {high - 1}"))
-        value: bytes = message.value()
-        return value
+        return int(message.offset()), bytes(message.value())
     except KafkaException as exc:
         raise unreachable(settings, exc) from exc
     finally:

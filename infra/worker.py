@@ -111,8 +111,8 @@ def build_runner(settings: Settings, registry: RegistryClient) -> BarRunner:
     state_producer = Producer(producer_config(settings.kafka))
 
     def emitted_offset(partition: int) -> int:
-        value = last_record(settings.kafka, "bars", partition)
-        return -1 if value is None else decode_learning(codecs.bars, value, registry.schema).input_offset
+        newest = last_record(settings.kafka, "bars", partition)
+        return -1 if newest is None else decode_learning(codecs.bars, newest[1], registry.schema).input_offset
 
     return BarRunner(
         config=bar_config(settings),

@@ -172,8 +172,8 @@ class Lag:
         return found
 
     def _applied(self, partition: int) -> int:
-        value = last_record(self._settings.kafka, "bars", partition, self._reader)
-        return -1 if value is None else decode_learning(self._codec, value, self._registry.schema).input_offset
+        newest = last_record(self._settings.kafka, "bars", partition, self._reader)
+        return -1 if newest is None else decode_learning(self._codec, newest[1], self._registry.schema).input_offset
 
 
 def stored_ids(settings: Settings, symbols: Sequence[str] | None = None) -> dict[str, tuple[int, int, int, int]]:
