@@ -829,7 +829,8 @@ def _slow_row(st, out, ctl, s, newcomer, t, tid, price, size, buy, receive):  # 
             if newcomer and si[s, KIND] == MAIN and at + 1 < si[m, ID_COUNT]:
                 lo = st.ids[m, at, ID_HI_T] if at >= 0 else np.int64(0)
                 hi = st.ids[m, at + 1, ID_LO_T]
-                if open_us > lo and open_us + base <= hi:
+                # the next id may lie in the second that the stretch before it ended in: that stretch may go on
+                if (open_us > lo or (at >= 0 and tid == st.ids[m, at, ID_HI] + 1)) and open_us + base <= hi:
                     ctl[C_LANE_LO] = lo
                     ctl[C_LANE_HI] = hi
                     return _ACTION_NEED_LANE, s
@@ -1074,9 +1075,11 @@ def _end_slots(st, out, ctl, ended):  # type: ignore[no-untyped-def]
             if hot[s, LIVE_STATE] == WAITING:
                 hot[s, LIVE_STATE] = DROPPED
             if si[s, KIND] == LANE:
-                # what lies in intervals that the symbol's own slot has trades of goes there
+                # what lies in intervals that the symbol's own slot has trades of goes there; otherwise the open bars can go on
                 top = st.timeframe[st.par[P_LEVELS] - 1]
-                _advance(st, out, ctl, s, hot[s, OPEN] - hot[s, OPEN] % top + top)
+                open_us = hot[s, OPEN] - hot[s, OPEN] % top
+                if _at_lane_edge(st, s, st.par[P_LEVELS] - 1, open_us):
+                    _advance(st, out, ctl, s, open_us + top)
             elif si[s, GAP_FROM] == MAX64 or si[s, GAP_TO] != MAX64:
                 if si[s, GAP_TO] != MAX64:
                     si[s, COVERED_FROM] = max(si[s, COVERED_FROM], si[s, GAP_TO])

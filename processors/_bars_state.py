@@ -38,7 +38,7 @@ class BarConfig:
     live_interval_us: int = 250_000
     """A symbol's open bars are published at most this often, on the clock of receive times. 0: never."""
     max_symbols: int = 16_384
-    """Symbols (and older stretches being filled in) of one partition; trades of further ones are rejected."""
+    """Symbols (and older stretches being filled in or parked) of one partition; trades of further ones are rejected."""
     max_sources: int = 1024
     """Sources remembered; beyond it the one that has been silent longest is treated as ended."""
     max_flat_bars: int = 86_400

@@ -20,7 +20,9 @@ What holds:
   they touch, and the flat bars after it: one row a bar and frame with ``revision`` + 1. Older ones are refused as ``too_late``.
 * **Older stretches.** A source new to a symbol whose trades lie in a hole of its ids and in a time without its trades (yesterday's file after
   today's) fills that hole in bars of its own, until it ends. Bars at the hole's edges get its trades while they are still held; of edge bars
-  no longer held the earlier, incomplete row stands.
+  no longer held the earlier, incomplete row stands. An older stretch that has ended and shares no bar with its neighbours is *parked* (the
+  newest two of a symbol): a source that goes on with its next id (the next day's file) goes on with its open bars. One that ends in a bar
+  of the largest timeframe that newer trades lie in too is not parked.
 * **End of a source.** Everything before the open bar is final; the open bar is published as final, not complete. If the symbol goes on with
   the next id, the bar goes on too and is complete when it closes; if ids are missing, bars that touch the gap are not complete.
 * **Complete** means covered from open to close: by the source's watermark before the symbol's first trade, or by that trade; and no gap.
@@ -112,6 +114,8 @@ _PAD_ROWS: Final = 72
 _KEEP_OUT_ROWS: Final = 262_144
 """Output buffers above this (34 MB) are given back after the call that needed them."""
 _NO_SLOTS: Final = np.zeros(0, np.int32)
+_PARKED_LANES: Final = 2
+"""Ended older stretches of a symbol that can go on: two, so that two replays of consecutive files may run side by side."""
 
 
 class TradeFrame(Protocol):
@@ -209,6 +213,9 @@ class BarEngine:
         self._names: list[str] = []
         self._main: dict[str, int] = {}
         self._free: list[int] = []
+        # ended lanes whose open bars can go on and the time of their last trade, in the order they ended
+        self._parked: dict[int, int] = {}
+        self._parked_of: dict[int, list[int]] = {}
         self._sources: dict[str, _Source] = {}
         self._watermark_us = 0
         self._frames = 0
@@ -311,12 +318,12 @@ class BarEngine:
             if status == k.NEED_SLOT:
                 self._assign_slot(source, symbols[code], code, code_map, covered_from_us)
             else:
-                self._assign_lane(source, symbols[code], code, code_map)
+                self._assign_lane(source, symbols[code], code, code_map, int(rows.trade_id[ctl[k.C_POS]]))
             members = source.member_slots() if crossed else np.array(self._fresh, np.int32)
             if ending:
                 ended = self._release(source)
         if ending:
-            self._free_lanes(source)
+            self._leave(source, park=True)
 
     def _release(self, source: _Source) -> npt.NDArray[np.int32]:
         """Slots that no source feeds once this one has ended: its lanes, then its symbols."""
@@ -324,14 +331,57 @@ class BarEngine:
         kind, refs = self._state.slot_i[slots, k.KIND], self._state.slot_i[slots, k.REFS]
         return np.concatenate((slots[kind == k.LANE], slots[(kind == k.MAIN) & (refs == 1)]))
 
-    def _free_lanes(self, source: _Source) -> None:
+    def _leave(self, source: _Source, *, park: bool) -> None:
+        """Take a source from its slots; its lanes are parked where that is wanted and possible, and given up otherwise."""
         slots = source.member_slots()
         slot_i = self._state.slot_i
         slot_i[slots, k.REFS] -= 1
-        lanes = slots[slot_i[slots, k.KIND] == k.LANE]
-        slot_i[lanes, k.KIND] = k.FREE
-        slot_i[lanes, k.STARTED] = 0
-        self._free.extend(reversed(lanes.tolist()))
+        for slot in slots[slot_i[slots, k.KIND] == k.LANE].tolist()[::-1]:
+            last_us = self._last_open_us(slot) if park else 0
+            if last_us:
+                self._park(slot, last_us)
+            else:
+                self._free_lane(slot)
+
+    def _free_lane(self, slot: int) -> None:
+        self._state.slot_i[slot, k.KIND] = k.FREE
+        self._state.slot_i[slot, k.STARTED] = 0
+        self._free.append(slot)
+
+    def _last_open_us(self, slot: int) -> int:
+        """Time of the last trade in the open bars of a lane that has ended; 0 if there is none, or if an open bar lies at the lane's edge."""
+        hot, row = self._state.hot_i[slot], self._state.slot_i[slot]
+        top_us = self.config.timeframe_us[-1]
+        open_us = hot[k.OPEN] - hot[k.OPEN] % top_us
+        if not row[k.STARTED] or open_us <= row[k.LANE_LO] or open_us + top_us > row[k.LANE_HI]:
+            return 0
+        first = slot * self.config.rows_per_symbol
+        bars = self._state.bar_i[first + 1 : first + len(self.config.timeframes)]
+        return int(max([*bars[bars[:, k.COUNT] > 0, k.LAST_T], hot[k.LAST_T] if hot[k.COUNT] else 0]))
+
+    def _park(self, slot: int, last_us: int) -> None:
+        """Keep an ended lane; the oldest of its symbol goes when there are too many."""
+        mine = self._parked_of.setdefault(int(self._state.slot_i[slot, k.OWNER]), [])
+        if len(mine) >= _PARKED_LANES:
+            self._free_lane(self._take_parked(mine[0]))
+        mine.append(slot)
+        self._parked[slot] = last_us
+
+    def _take_parked(self, slot: int) -> int:
+        """The lane, parked no more."""
+        del self._parked[slot]
+        self._parked_of[int(self._state.slot_i[slot, k.OWNER])].remove(slot)
+        return slot
+
+    def _unpark(self, main: int, trade_id: int) -> int | None:
+        """The parked lane that this trade goes on with: its last trade is the one before the hole, and its id the one before this."""
+        lo, hi = int(self._ctl[k.C_LANE_LO]), int(self._ctl[k.C_LANE_HI])
+        slot_i = self._state.slot_i
+        slot = next((slot for slot in self._parked_of.get(main, ()) if self._parked[slot] == lo), None)
+        if slot is None or not (self._state.ids[main, : slot_i[main, k.ID_COUNT], k.ID_HI] == trade_id - 1).any():
+            return None
+        slot_i[slot, k.LANE_HI] = hi
+        return self._take_parked(slot)
 
     def _collect(self) -> BarBatches:
         """Copy the rows out of the buffers."""
@@ -375,7 +425,7 @@ class BarEngine:
 
     def _forget(self, source: _Source) -> None:
         """Drop a source that never said it ended: its symbols keep their open bars, its lanes are given up."""
-        self._free_lanes(source)
+        self._leave(source, park=False)
 
     def _map_codes(self, source: _Source, symbols: tuple[str, ...]) -> npt.NDArray[np.int32]:
         """Slot of each symbol code of this frame."""
@@ -386,7 +436,9 @@ class BarEngine:
         return source.code_map
 
     def _new_slot(self, key: str) -> int | None:
-        """Index of an unused slot, or None when there are ``max_symbols``."""
+        """Index of an unused slot, or else of the lane parked longest, or None when there are ``max_symbols``."""
+        if not self._free and self._parked and len(self._names) >= self.config.max_symbols:
+            self._free_lane(self._take_parked(next(iter(self._parked))))
         if self._free:
             slot = self._free.pop()
             self._names[slot] = key
@@ -423,17 +475,19 @@ class BarEngine:
             source.newcomers.append(code)
         code_map[code] = value
 
-    def _assign_lane(self, source: _Source, key: str, code: int, code_map: npt.NDArray[np.int32]) -> None:
-        """This source fills in an older stretch of a symbol: bars of its own for it."""
+    def _assign_lane(self, source: _Source, key: str, code: int, code_map: npt.NDArray[np.int32], trade_id: int) -> None:
+        """This source fills in an older stretch of a symbol: bars of its own for it, or those of the stretch that it goes on with."""
         main = self._main[key]
-        slot = self._new_slot(key)
+        slot = self._unpark(main, trade_id)
         if slot is None:
-            code_map[code] = main  # no newcomer any more: its old trades are too late
-            return
-        init_slot(self.config, self._state, slot, kind=k.LANE, owner=main, covered_from_us=int(k.MAX64))
-        row = self._state.slot_i[slot]
-        row[k.LANE_LO], row[k.LANE_HI] = self._ctl[k.C_LANE_LO], self._ctl[k.C_LANE_HI]
-        row[k.REFS] = 1
+            slot = self._new_slot(key)
+            if slot is None:
+                code_map[code] = main  # no newcomer any more: its old trades are too late
+                return
+            init_slot(self.config, self._state, slot, kind=k.LANE, owner=main, covered_from_us=int(k.MAX64))
+            row = self._state.slot_i[slot]
+            row[k.LANE_LO], row[k.LANE_HI] = self._ctl[k.C_LANE_LO], self._ctl[k.C_LANE_HI]
+        self._state.slot_i[slot, k.REFS] = 1
         source.join(slot)
         self._fresh.append(slot)
         code_map[code] = slot
@@ -492,6 +546,7 @@ class BarEngine:
         head = {
             "names": self._names,
             "free": self._free,
+            "parked": list(self._parked.items()),
             "sources": sources,
             "watermark_us": self._watermark_us,
             "frames": self._frames,
@@ -537,6 +592,13 @@ class BarEngine:
                     raise ValueError("source")
         if len(self._sources) > self.config.max_sources:
             raise ValueError("sources")
+        # states written before lanes were parked have none
+        self._parked = {_index(slot, slots): _index(last_us, MAX_TIME_US) for slot, last_us in head.get("parked", [])}
+        fed = {slot for source in self._sources.values() for slot in source.members}
+        for slot in self._parked:
+            if kind[slot] != k.LANE or slot in fed:
+                raise ValueError("parked")
+            self._parked_of.setdefault(int(self._state.slot_i[slot, k.OWNER]), []).append(slot)
         self._watermark_us = _index(head["watermark_us"], MAX_TIME_US)
         self._frames = int(head["frames"])
         self._ctl[k.C_CLOCK] = _index(head["clock_us"], 2 * MAX_TIME_US)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processors.bars import BarConfig, BarEngine, build
-from schemas.timeframes import TIMEFRAMES
+from schemas.timeframes import TIMEFRAMES, timeframe_seconds
 from tests.processors.market_data import (
     assert_same_bars,
     binance_capture,
@@ -57,6 +57,41 @@ def test_two_captures_in_a_row_are_whole_over_midnight() -> None:
         assert_same_bars(bars.filter(pl.col("timeframe_s") == seconds), polars_bars(both, timeframe))
     incomplete = bars.filter((pl.col("timeframe_s") == 1) & (pl.col("complete") == 0))
     assert incomplete.height == 2, "only the first and the last second are not whole"
+
+
+def test_two_older_captures_in_a_row_are_whole_over_midnight_under_live_trades() -> None:
+    """Live trades are months newer; the older files still share the bars at their edge, also across restarts, and once more change nothing."""
+    first, second = binance_capture("spot_btcusdt_20240808.ws.gz"), binance_capture("spot_btcusdt_20240809.ws.gz")
+    day_us = 86_400_000_000
+    live = second.head(100).with_columns(
+        pl.col("trade_id") + 10_000_000, pl.col("exchange_time_us") + 90 * day_us, pl.col("receive_time_us") + 90 * day_us
+    )
+    both = pl.concat([first, second])
+    config = BarConfig(live_interval_us=0)
+    engine, restarted = BarEngine(config), BarEngine(config)
+    frames = [
+        *batches(live, rows=500, source="live", end=False),
+        *batches(first, rows=500, source="a"),
+        *batches(second, rows=500, source="b"),
+    ]
+    outputs = []
+    for number, batch in enumerate(frames):
+        outputs.append(engine.process(batch))
+        assert len(outputs[-1].rejected["row"]) == 0
+        restarted.process(batch)
+        if number % 20 == 0 or batch.flags:
+            restarted = BarEngine.restore(config, restarted.snapshot())
+            assert restarted.snapshot() == engine.snapshot()
+    bars = newest(outputs).filter(pl.col("open_time_us") < live["exchange_time_us"][0] - 2 * day_us)
+    for timeframe in TIMEFRAMES:
+        ours = bars.filter(pl.col("timeframe_s") == timeframe_seconds(timeframe))
+        assert_same_bars(ours, polars_bars(both, timeframe))
+        flat_bars_fill_every_gap(ours)
+        opens = ours["open_time_us"]
+        assert ours.filter(pl.col("complete") == 0)["open_time_us"].to_list() == sorted({opens[0], opens[-1]}), "those at the ends"
+    again = [*play(engine, batches(first, rows=700, source="a")), *play(engine, batches(second, rows=700, source="b"))]
+    assert sum(len(output.bars["open"]) for output in again) == 0
+    assert sum(output.duplicates for output in again) == both.height
 
 
 def test_kraken_agrees_with_its_own_candles() -> None:

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from processors.bars import REJECT_REASONS, BarConfig, BarEngine, TradeBatch, build
+from processors import _bars_kernel as k
+from processors.bars import REJECT_REASONS, BarBatches, BarConfig, BarEngine, TradeBatch, build
 from processors.errors import BarConfigError, SnapshotConfigError, SnapshotError, TradeInputError
 from schemas.errors import VocabularyError
 from schemas.frames import END_OF_SOURCE
@@ -303,6 +304,42 @@ def test_two_files_of_one_minute_in_the_wrong_order_share_its_bar() -> None:
     kept = ["timeframe_s", "open_time_us", "open", "high", "low", "close", "volume", "quote_volume", "trade_count"]
     ours, theirs = (part.filter(pl.col("trade_count") > 0).select(kept) for part in (held, whole))
     assert ours.equals(theirs)
+
+
+def ended_stretches(bars: BarEngine, starts: list[tuple[int, float]], symbol: str = "BTC-USDT") -> list[BarBatches]:
+    """Older stretches of 40 trades, each by a source of its own that ends: (first id, first second)."""
+    files = [pl.DataFrame([{**row, "symbol": symbol} for row in stretch(first_id, first_s, 40)]) for first_id, first_s in starts]
+    return [output for n, file in enumerate(files) for output in play(bars, batches(file, rows=15, source=f"{symbol} {n}"))]
+
+
+def test_an_older_stretch_goes_on_only_where_no_id_is_missing() -> None:
+    """The next id joins second and minute; a stretch after missing ids is one of its own, and their first rows stand, not complete."""
+    for second_id, trades, seam, complete in ((1040, 80, 5, 1), (1041, 40, 4, 0)):
+        bars = engine()
+        play(bars, batches(pl.DataFrame(stretch(9000, 9 * 86_400.0, 10)), rows=50, source="new", end=False))
+        held = newest(ended_stretches(bars, [(1000, 100.0), (second_id, 109.9)]))
+        minute = held.filter(pl.col("timeframe_s") == 60)
+        assert (minute["trade_count"].to_list(), minute["complete"].to_list()) == ([trades], [0]), "it began before the first trade"
+        second = held.filter((pl.col("timeframe_s") == 1) & (pl.col("open_time_us") == START_US + 109_000_000))
+        assert (second["trade_count"].to_list(), second["complete"].to_list()) == ([seam], [complete])
+
+
+def test_ended_stretches_that_wait_are_bounded_and_make_way() -> None:
+    """Two a symbol wait for what follows them; where slots are short they are given to others, and the newest goes on all the same."""
+    bars = BarEngine(BarConfig(timeframes=("1s", "1m", "1d"), live_interval_us=0, max_symbols=4))
+    day = 86_400.0
+    play(bars, batches(pl.DataFrame(stretch(9000, 30 * day, 10)), rows=50, source="new", end=False))
+    ended_stretches(bars, [(1000 * n, n * day + 60.0) for n in range(1, 8)])
+    kinds = bars._state.slot_i[:4, k.KIND].tolist()
+    assert kinds.count(k.LANE) == 2
+    others = [{**trade(1, 30 * day), "symbol": f"S{n}-USDT"} for n in range(2)]
+    output = bars.process(frame(*others, watermark_s=30 * day, source="new"))
+    assert len(output.rejected["row"]) == 0
+    restored = BarEngine.restore(bars.config, bars.snapshot())
+    for after in (bars, restored):
+        held = newest(ended_stretches(after, [(7040, 7 * day + 70.0)]))
+        assert held.filter(pl.col("timeframe_s") == 86_400)["trade_count"].to_list() == [80]
+    assert restored.snapshot() == bars.snapshot()
 
 
 def test_a_lone_late_trade_of_a_known_source_opens_no_stretch() -> None:

@@ -268,6 +268,29 @@ def test_files_replayed_in_any_order_give_the_bars_of_all_of_them(order: list[in
     assert sum(output.duplicates for output in again) == sum(file.height for file in files)
 
 
+@settings(max_examples=40, deadline=None)
+@given(trades=generated_trades(), cuts=st.lists(st.integers(1, 149), max_size=5), rows=st.integers(1, 60), months=st.integers(1, 3))
+def test_older_files_in_a_row_give_the_bars_of_one(trades: pl.DataFrame, cuts: list[int], rows: int, months: int) -> None:
+    """A history under newer trades, cut anywhere into files that are replayed in order, across restarts: the bars of the uncut one."""
+    ahead = 30 * months * 86_400 * SECOND
+    live = trades.with_columns(pl.col("trade_id") + 1_000_000, pl.col("exchange_time_us") + ahead, pl.col("receive_time_us") + ahead)
+    edges = [0, *sorted({cut for cut in cuts if cut < trades.height}), trades.height]
+    files = [trades[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    engine = BarEngine(CONFIG)
+    play(engine, batches(live, rows=500, source="live", end=False))
+    outputs = []
+    for number, file in enumerate(files):
+        outputs += play(engine, batches(file, rows=rows, source=f"file {number}"))
+        restored = BarEngine.restore(CONFIG, engine.snapshot())
+        assert restored.snapshot() == engine.snapshot()
+        engine = restored
+    assert sum(len(output.rejected["row"]) for output in outputs) == 0
+    bars = newest(outputs)
+    for timeframe, seconds in (("1s", 1), ("1m", 60), ("1h", 3600), ("1d", 86_400)):
+        assert_same_bars(bars.filter(pl.col("timeframe_s") == seconds), polars_bars(trades, timeframe))
+    assert row_count([output for file in files for output in play(engine, batches(file, rows=rows, source="again"))]) == 0
+
+
 def test_sources_are_bounded() -> None:
     """Beyond max_sources the one that has been silent longest is forgotten; its symbols go on with the next source that brings them."""
     engine = BarEngine(BarConfig(live_interval_us=0, max_sources=2))
