@@ -54,10 +54,10 @@ def aot_cache(cache: Path = CACHE_DIR) -> Path:
 def jvm(heap_mb: int, cache: Path = CACHE_DIR, aot: str | None = None) -> list[str]:
     """The Java command up to the main class.
 
-    Serial collector, first compiler tier and a small stack keep the idle broker at 180 MB and 1.6 % of a core;
-    the class cache takes its start from 1.4 to 0.6 s.
+    Serial collector and a small stack keep the idle broker at 240 MB; the class cache takes its start from 1.4 to 0.6 s. Both compiler
+    tiers: the first alone saves 19 MB and costs 39 % of a core instead of 23 at 10,000 trades/s. 64 MB bound the compiled code.
     """
-    flags = [f"-Xmx{heap_mb}m", "-Xms64m", "-Xss512k", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData"]
+    flags = [f"-Xmx{heap_mb}m", "-Xms64m", "-Xss512k", "-XX:+UseSerialGC", "-XX:ReservedCodeCacheSize=64m", "-XX:-UsePerfData"]
     flags += ["-XX:+ExitOnOutOfMemoryError", "-Djava.awt.headless=true", "-XX:MaxDirectMemorySize=128m"]
     if aot is not None:
         flags.append(aot)
