@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from infra.cli.processes import Choice, source_overrides, specs
 from infra.clickhouse.client import connect
-from infra.kafka import consumer_config, end_offsets, last_record
+from infra.kafka import consumer_config
 from infra.progress import SINK_GROUP
-from infra.registry_client import RegistryClient
 from infra.settings import Settings, load_settings
 from infra.stack.spec import ProcessSpec
 from infra.stack.supervisor import Stack, read_state
-from schemas.codec import decode_learning
 from tests.integration.conftest import process_environ
 from tests.performance.stack import ROOT, child_environ
 
+FOLLOWED = ("trades", "bars")
 SYMBOLS_A_QUERY = 50
 """Symbols whose ids are counted exactly in one query; more would need more memory than the engine may use."""
 
@@ -127,30 +127,31 @@ def side(here: Box, name: str, argv: Sequence[str]) -> Iterator[Side]:
 
 
 class Lag:
-    """How far worker and sink are behind what was published; keeps its connections, so that looking costs 3 ms."""
+    """How far worker and sink are behind what was published; keeps its connections and asks twice a look."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._consumer = Consumer(consumer_config(settings.kafka, SINK_GROUP))
-        self._reader = Consumer(consumer_config(settings.kafka, "lag"))
-        self._registry = RegistryClient.from_settings(settings)
-        self._codec = self._registry.frame_codec("bars")
+        kafka = settings.kafka
+        self._prefix = kafka.topic_prefix
+        self._consumer = Consumer(consumer_config(kafka, SINK_GROUP))
+        self._admin = AdminClient({**kafka.client_config(), "log.connection.close": False})
+        self._places = [
+            TopicPartition(f"{kafka.topic_prefix}{topic}", partition) for topic in FOLLOWED for partition in range(kafka.partitions)
+        ]
+
+    def offsets(self) -> tuple[dict[tuple[str, int], int], dict[tuple[str, int], int]]:
+        """(next offset to be written, next offset to be stored), each by topic and partition."""
+        asked = self._admin.list_offsets({place: OffsetSpec.latest() for place in self._places}, request_timeout=10)
+        ends = {self._key(place): int(answer.result().offset) for place, answer in asked.items()}
+        stored = {self._key(place): max(int(place.offset), 0) for place in self._consumer.committed(self._places, timeout=10)}
+        return ends, stored
 
     def read(self) -> dict[str, int]:
-        """Records to go: ``worker`` (trades), ``sink_trades``, ``sink_bars``."""
-        kafka = self._settings.kafka
-        ends = end_offsets(kafka, ["trades", "bars"], self._consumer)
-        places = [TopicPartition(f"{kafka.topic_prefix}{topic}", partition) for topic in ends for partition in ends[topic]]
-        stored = {
-            (place.topic.removeprefix(kafka.topic_prefix), place.partition): max(place.offset, 0) for place in self._committed(places)
-        }
-        worker = 0
-        for partition, end in ends["trades"].items():
-            worker += max(end - 1 - self._applied(partition), 0) if end else 0
+        """Records to go: ``worker`` (it writes a record of bars for each it reads), ``sink_trades``, ``sink_bars``."""
+        ends, stored = self.offsets()
         return {
-            "worker": worker,
-            "sink_trades": sum(max(end - stored["trades", partition], 0) for partition, end in ends["trades"].items()),
-            "sink_bars": sum(max(end - stored["bars", partition], 0) for partition, end in ends["bars"].items()),
+            "worker": sum(max(end - ends["bars", partition], 0) for (topic, partition), end in ends.items() if topic == "trades"),
+            "sink_trades": sum(max(end - stored[place], 0) for place, end in ends.items() if place[0] == "trades"),
+            "sink_bars": sum(max(end - stored[place], 0) for place, end in ends.items() if place[0] == "bars"),
         }
 
     def wait_none(self, timeout_s: float) -> None:
@@ -164,16 +165,9 @@ class Lag:
     def close(self) -> None:
         """Close the connections."""
         self._consumer.close()
-        self._reader.close()
-        self._registry.close()
 
-    def _committed(self, places: list[TopicPartition]) -> list[TopicPartition]:
-        found: list[TopicPartition] = self._consumer.committed(places, timeout=10)
-        return found
-
-    def _applied(self, partition: int) -> int:
-        newest = last_record(self._settings.kafka, "bars", partition, self._reader)
-        return -1 if newest is None else decode_learning(self._codec, newest[1], self._registry.schema).input_offset
+    def _key(self, place: TopicPartition) -> tuple[str, int]:
+        return place.topic.removeprefix(self._prefix), place.partition
 
 
 def stored_ids(settings: Settings, symbols: Sequence[str] | None = None) -> dict[str, tuple[int, int, int, int]]:

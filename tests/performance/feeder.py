@@ -32,7 +32,8 @@ from tests.performance.captures import Pool, RoundMapper, make_pool
 SOURCE = "binance/ws/0"
 CHUNK = 16_384
 """Messages a round of the batcher, about what a busy socket holds after 60 ms."""
-LOOK_S = 0.2
+LOOK_S = 0.1
+PAUSE_S = 0.01
 
 
 class NoDeadLetters:
@@ -44,15 +45,21 @@ class NoDeadLetters:
 
 
 class Brake:
-    """Watches the slowest stage from a thread: ``behind`` is rows that wait for it."""
+    """Watches from a thread how many of the published rows the slowest stage has done."""
 
-    def __init__(self, lag: Lag) -> None:
-        self.behind = 0
+    def __init__(self, lag: Lag, partitions: int) -> None:
         self.records: dict[str, int] = {}
-        self.rows_a_record = 1.0
+        self.done = 0
+        """Rows that worker and sink are through with."""
         self._lag = lag
+        self._first, _ = lag.offsets()
+        self._rows: list[list[int]] = [[0] for _ in range(partitions)]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def sent(self, partition: int, rows: int) -> None:
+        """A record of so many rows was published."""
+        self._rows[partition].append(self._rows[partition][-1] + rows)
 
     def start(self) -> None:
         """Begin to watch."""
@@ -65,9 +72,19 @@ class Brake:
 
     def _watch(self) -> None:
         while not self._stop.wait(LOOK_S):
-            self.records = self._lag.read()
-            slowest = max(self.records["worker"], self.records["sink_trades"], self.records["sink_bars"])
-            self.behind = int(slowest * self.rows_a_record)
+            ends, stored = self._lag.offsets()
+            done = 0
+            for partition, rows in enumerate(self._rows):
+                trades, bars = self._first["trades", partition], self._first["bars", partition]
+                # the worker writes one record of bars for each record of trades, so both count the same records
+                records = min(stored["trades", partition] - trades, ends["bars", partition] - bars, stored["bars", partition] - bars)
+                done += rows[min(max(records, 0), len(rows) - 1)]
+            self.done = done
+            self.records = {
+                "worker": sum(ends["trades", partition] - ends["bars", partition] for partition in range(len(self._rows))),
+                "sink_trades": sum(ends["trades", partition] - stored["trades", partition] for partition in range(len(self._rows))),
+                "sink_bars": sum(ends["bars", partition] - stored["bars", partition] for partition in range(len(self._rows))),
+            }
 
 
 def make_pipeline(pool: Pool, partitions: int) -> tuple[Pipeline, RoundMapper]:
@@ -107,7 +124,7 @@ async def feed(seconds: float, pool: Pool, max_behind: int) -> dict[str, Any]:
     settings = load_settings()
     with RegistryClient.from_settings(settings) as registry:
         producer = FrameProducer(settings.kafka, registry)
-        brake = Brake(Lag(settings))
+        brake = Brake(Lag(settings), settings.kafka.partitions)
         brake.start()
         pipeline, mapper = make_pipeline(pool, settings.kafka.partitions)
         began = told = time.monotonic()
@@ -118,21 +135,21 @@ async def feed(seconds: float, pool: Pool, max_behind: int) -> dict[str, Any]:
         while (now := time.monotonic()) < began + seconds:
             if now - told >= 1.0:
                 told = now
-                say(event="lag", seconds=round(now - began, 2), trades=sent, behind=brake.behind, **brake.records)
-            if brake.behind > max_behind:
-                waited_s += LOOK_S / 4
-                await asyncio.sleep(LOOK_S / 4)
+                say(event="lag", seconds=round(now - began, 2), trades=sent, behind=sent - brake.done, **brake.records)
+            if sent - brake.done > max_behind:
+                waited_s += PAUSE_S
+                await asyncio.sleep(PAUSE_S)
                 continue
             chunk = pool.messages[at : at + CHUNK]
             pipeline.receive(chunk, time.time_ns() // 1000)
             mono_us = time.monotonic_ns() // 1000
             for topic, partition, frame in pipeline.take(mono_us, previous_us):
                 await producer.send(topic, partition, frame)
+                brake.sent(partition, frame.row_count)
                 last_frame[partition] = frame
                 frames += 1
             previous_us = mono_us
             sent += len(chunk)
-            brake.rows_a_record = sent / max(frames, 1)
             at += CHUNK
             if at >= len(pool.messages):
                 at = 0
