@@ -13,7 +13,7 @@ import numpy as np
 
 from processors.bars import BarConfig
 from schemas.codec import FrameCodec, RowCodec
-from schemas.frames import Frame
+from schemas.frames import END_OF_SOURCE, Frame
 from schemas.timeframes import MIN_TIME_US, US_PER_SECOND
 from streams.bar_shard import BarCodecs, BarShard
 
@@ -21,7 +21,7 @@ _KEY = "binance:BTC-USDT"
 
 
 def warm(config: BarConfig | None = None) -> float:
-    """Send one frame of one trade through a shard of bars and forget it. Returns the seconds it took.
+    """Send one frame of one trade, its source's last, through a shard of bars and forget it. Returns the seconds it took.
 
     It goes through the codec because decoded columns are read-only arrays, for which numba compiles code of its own.
     """
@@ -33,7 +33,7 @@ def warm(config: BarConfig | None = None) -> float:
     columns = {name: np.ones(1, dtype) for name, dtype in trades.dtypes.items()}
     columns["symbol_code"] = np.zeros(1, np.int32)
     columns["exchange_time_us"] = columns["receive_time_us"] = np.full(1, MIN_TIME_US + US_PER_SECOND, np.int64)
-    frame = Frame(source="warm", watermark_us=MIN_TIME_US, symbols=(_KEY,), columns=columns)
+    frame = Frame(source="warm", watermark_us=MIN_TIME_US, symbols=(_KEY,), columns=columns, flags=END_OF_SOURCE)
     BarShard(0, config or BarConfig(), codecs).process(0, trades.encode(frame))
     return time.monotonic() - started
 

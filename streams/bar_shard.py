@@ -15,24 +15,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import numpy.typing as npt
 
 from processors.bars import REJECT_REASONS, BarBatches, BarConfig, BarEngine
-from schemas.codec import FrameCodec, RowCodec, decode_learning, frame_dtypes, schema_text
+from schemas.codec import FrameCodec, RowCodec, decode_learning
 from schemas.errors import DecodeError
 from schemas.frames import Frame
 from schemas.symbols import SIDE_NAMES, parse_key
-from schemas.timeframes import NAME_BY_SECONDS
 from streams.deadletters import dead_letter
 from streams.errors import StateError
 from streams.records import OutRecord
+from streams.row_twin import RowTwin
 
 COMPONENT: Final = "worker"
 _STATE_HEADER: Final = struct.Struct("<4sHHqII")
 _STATE_MAGIC: Final = b"MSBS"
 _STATE_VERSION: Final = 1
-_ROW_FIELDS: Final = tuple(name for name in frame_dtypes(schema_text("bars")) if name not in ("symbol_code", "timeframe_s"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +74,7 @@ class BarShard:
         """Rows accepted since this shard was made, for metrics."""
         self.watermark_us = 0
         self._codecs = codecs
+        self._twin = RowTwin(codecs.rows)
         self._live_interval_us = config.live_interval_us
         self._engine = engine if engine is not None else BarEngine(config)
 
@@ -139,33 +138,13 @@ class BarShard:
         if batches is None:
             frame = Frame(source=COMPONENT, watermark_us=self.watermark_us, input_offset=offset)
         else:
-            records = self._rows(offset, batches)
+            records = self._twin.records(self.partition, offset, batches.symbols, batches.bars)
             columns = _final_rows(batches.bars) if history else batches.bars
             frame = Frame(
                 source=COMPONENT, watermark_us=batches.watermark_us, symbols=batches.symbols, columns=columns, input_offset=offset
             )
         # last: once the bars frame of an offset is in the topic, everything else of that offset has been sent
         records.append(OutRecord("bars", self.partition, None, self._codecs.bars.encode(frame)))
-        return records
-
-    def _rows(self, offset: int, batches: BarBatches) -> list[OutRecord]:
-        bars = batches.bars
-        final = np.flatnonzero(bars["is_final"])
-        if not len(final):
-            return []
-        lists = [bars[name][final].tolist() for name in _ROW_FIELDS]
-        codes = bars["symbol_code"][final].tolist()
-        names = [NAME_BY_SECONDS[seconds] for seconds in bars["timeframe_s"][final].tolist()]
-        encode = self._codecs.rows.encode
-        records = []
-        for code, timeframe, *values in zip(codes, names, *lists, strict=True):
-            key = batches.symbols[code]
-            exchange, _, symbol = key.partition(":")
-            row: dict[str, Any] = dict(zip(_ROW_FIELDS, values, strict=True))
-            row["is_final"] = bool(row["is_final"])
-            row["complete"] = bool(row["complete"])
-            row.update(exchange=exchange, symbol=symbol, timeframe=timeframe, input_offset=offset)
-            records.append(OutRecord("bars.rows", self.partition, f"{key}:{timeframe}".encode(), encode(row)))
         return records
 
     def _undecodable(self, offset: int, value: bytes, exc: DecodeError) -> OutRecord:
