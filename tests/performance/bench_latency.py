@@ -31,6 +31,10 @@ from tests.performance.usage import Meter, load_average
 ROUNDS = int(os.environ.get("MARKETSTREAM_BENCH_ROUNDS", "5"))
 WINDOW_S = float(os.environ.get("MARKETSTREAM_BENCH_WINDOW_S", "8"))
 RATE = 10_000
+QUIET_RATE = 20
+"""While the bare chain runs; a market that falls silent would be taken for a dead connection."""
+WARM_S = 15.0
+"""At the full rate before the first round: the broker's Java compiles what is hot."""
 WATCHED = 200
 MOST_P50_MS, MOST_P99_MS = 15.0, 50.0
 SAMPLE = 100
@@ -148,13 +152,13 @@ def run(rounds: int = ROUNDS) -> dict[str, Any]:
         with side(here, "client", argv) as client:
             client.wait_said("live", 60)
             _rate(url, RATE)
-            time.sleep(5)
+            time.sleep(WARM_S)
             for number in range(rounds):
                 before = end_offsets(here.settings.kafka, ["trades", "bars"])
                 with Meter(lambda: pids_of(here, client)) as meter:
                     ours = _window(client, WINDOW_S, number)
                 shape = _shape(here, before, meter.seconds)
-                _rate(url, 0)
+                _rate(url, QUIET_RATE)
                 time.sleep(1)
                 for name, took in _stages(here, before).items():
                     stages[name] += took
