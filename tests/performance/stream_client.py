@@ -23,6 +23,7 @@ from websockets.exceptions import ConnectionClosed
 THROTTLE_US = 250_000
 """A symbol's open bar is published at most this often: an update that had to wait for that says nothing about the way it took."""
 REQUESTS_PER_S = 40
+MOST_RESUMES = 100
 
 
 class Row(msgspec.Struct, gc=False):
@@ -41,6 +42,7 @@ class Message(msgspec.Struct, gc=False):
     channel: str = ""
     symbol: str = ""
     timeframe: str = ""
+    cursor: str = ""
     data: msgspec.Raw = msgspec.Raw(b"[]")
 
 
@@ -56,6 +58,8 @@ class Seen:
         self.ids: dict[str, list[int]] = {}
         """Symbol -> [first id, last id, ids out of order]."""
         self.live: set[tuple[str, str, str]] = set()
+        self.cursors: dict[tuple[str, str, str], str] = {}
+        """Series -> where to resume after the API closed the connection because we read too slowly."""
         self.immediate_us: list[int] = []
         self.all_us: list[int] = []
         self._arrived: dict[tuple[str, str], int] = defaultdict(int)
@@ -64,6 +68,8 @@ class Seen:
         """One message that arrived at ``now_us``."""
         message = _message.decode(text)
         self.messages += 1
+        if message.cursor:
+            self.cursors[(message.channel, message.symbol, message.timeframe)] = message.cursor
         if message.type == "snapshot":
             self.live.add((message.channel, message.symbol, message.timeframe))
             if message.channel == "trades":
@@ -129,6 +135,35 @@ def say(**line: Any) -> None:
     sys.stdout.flush()
 
 
+async def _connection(url: str, exchange: str, wanted: list[dict[str, str]], seen: Seen, stop: asyncio.Event) -> None:
+    """One connection until ``stop``; it resumes every series that has a cursor. Raises ConnectionClosed."""
+    async with connect(url, max_size=None, max_queue=None, compression=None) as socket:
+
+        async def subscribe() -> None:
+            for number, series in enumerate(wanted):
+                cursor = seen.cursors.get((series["channel"], series["symbol"], series.get("timeframe", "")))
+                place = {"limit": 0} if cursor is None else {"from": cursor}
+                await socket.send(json.dumps({"op": "subscribe", "id": number, "exchange": exchange, **series, **place}))
+                if number % REQUESTS_PER_S == REQUESTS_PER_S - 1:
+                    await asyncio.sleep(1.0)
+
+        async def read() -> None:
+            told = bool(seen.cursors)
+            async for text in socket:
+                seen.take(text, time.time_ns() // 1000)
+                if not told and len(seen.live) >= len(wanted):
+                    told = True
+                    say(event="live", series=len(wanted))
+
+        reader, writer, stopping = (asyncio.ensure_future(work) for work in (read(), subscribe(), stop.wait()))
+        await asyncio.wait({reader, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (writer, stopping):
+            task.cancel()
+        if reader.done():
+            reader.result()
+        reader.cancel()
+
+
 async def watch(url: str, exchange: str, symbols: list[str], timeframes: list[str], trades: bool) -> None:
     """Subscribe and count until SIGTERM."""
     seen = Seen()
@@ -139,32 +174,12 @@ async def watch(url: str, exchange: str, symbols: list[str], timeframes: list[st
     loop.add_signal_handler(signal.SIGUSR2, lambda: say(event="latency", **seen.latencies()))
     wanted = [{"channel": "bars", "symbol": symbol, "timeframe": timeframe} for symbol in symbols for timeframe in timeframes]
     wanted += [{"channel": "trades", "symbol": symbol} for symbol in symbols] if trades else []
-    closed = ""
-    async with connect(url, max_size=None, max_queue=None, compression=None) as socket:
-
-        async def subscribe() -> None:
-            for number, series in enumerate(wanted):
-                await socket.send(json.dumps({"op": "subscribe", "id": number, "exchange": exchange, "limit": 0, **series}))
-                if number % REQUESTS_PER_S == REQUESTS_PER_S - 1:
-                    await asyncio.sleep(1.0)
-
-        async def read() -> None:
-            told = False
-            async for text in socket:
-                seen.take(text, time.time_ns() // 1000)
-                if not told and len(seen.live) >= len(wanted):
-                    told = True
-                    say(event="live", series=len(wanted))
-
-        reader, writer, stopping = (asyncio.ensure_future(work) for work in (read(), subscribe(), stop.wait()))
-        await asyncio.wait({reader, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if reader.done():
-            try:
-                reader.result()
-            except ConnectionClosed as exc:
-                closed = str(exc)
-        for task in (reader, writer, stopping):
-            task.cancel()
+    closed: list[str] = []
+    while not stop.is_set() and len(closed) <= MOST_RESUMES:
+        try:
+            await _connection(url, exchange, wanted, seen, stop)
+        except ConnectionClosed as exc:
+            closed.append(str(exc))
     say(
         event="done",
         messages=seen.messages,
@@ -174,6 +189,7 @@ async def watch(url: str, exchange: str, symbols: list[str], timeframes: list[st
         resets=seen.resets,
         ids=seen.ids,
         closed=closed,
+        resumes=len(closed),
         **seen.latencies(),
     )
 
