@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from schemas.codec import MAX_RECORD_BYTES, schema_text
+from schemas.codec import MAX_RECORD_BYTES
 from schemas.errors import VocabularyError
 
 _DAY_MS: Final = 86_400_000
@@ -88,8 +88,3 @@ def subject(schema_name: str, prefix: str = "") -> str:
         if entry.schema == schema_name:
             return f"{entry.full_name(prefix)}-value"
     raise VocabularyError("schema", schema_name, SCHEMA_NAMES)
-
-
-def subject_schema(schema_name: str) -> str:
-    """Text of the schema to register for it."""
-    return schema_text(schema_name)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
@@ -18,14 +19,17 @@ from infra.kafka import FrameProducer, committed_offsets, consumer_config, end_o
 from infra.progress import worker_offsets
 from infra.provision import provision
 from infra.registry_client import RegistryClient
+from infra.seam import SystemClock
 from infra.settings import Settings
 from infra.stack.kafka import free_ports
 from infra.worker import bar_codecs, bar_config
 from schemas.codec import RowCodec
-from streams.bar_shard import BarShard
+from streams import plain_loop
 from streams.records import OutRecord
+from streams.runner import BarRunner
 from tests.integration.conftest import RunningStack
 from tests.performance import market
+from tests.streams.test_state_store import MemoryLog
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUTS = ("bars", "bars.rows")
@@ -83,8 +87,8 @@ async def wait_done(settings: Settings, timeout_s: float = 60) -> None:
     raise AssertionError(f"the worker is at {done}, trades ends at {ends}")
 
 
-def records(settings: Settings, topic: str) -> list[OutRecord]:
-    """Everything a topic holds, by partition and offset."""
+def messages(settings: Settings, topic: str) -> list[Any]:
+    """Every consumed message of a topic, by partition and offset."""
     found = []
     consumer = Consumer(consumer_config(settings.kafka, "test-reader", **{"enable.partition.eof": True}))
     try:
@@ -95,7 +99,7 @@ def records(settings: Settings, topic: str) -> list[OutRecord]:
                 assert message is not None
                 if message.error():
                     break
-                found.append(OutRecord(topic, partition, message.key(), message.value()))
+                found.append(message)
                 if message.offset() == end - 1:
                     break
     finally:
@@ -103,17 +107,44 @@ def records(settings: Settings, topic: str) -> list[OutRecord]:
     return found
 
 
-def expected(settings: Settings, frames: list[tuple[int, bytes]]) -> dict[str, list[OutRecord]]:
-    """What the plain processors make of the same records."""
-    result: dict[str, list[OutRecord]] = {name: [] for name in (*OUTPUTS, "deadletter")}
+def records(settings: Settings, topic: str) -> list[OutRecord]:
+    """Everything a topic holds, by partition and offset."""
+    return [OutRecord(topic, message.partition(), message.key(), message.value()) for message in messages(settings, topic)]
+
+
+class Recorder:
+    """Takes what a runner sends, in order."""
+
+    def __init__(self) -> None:
+        self.sent: list[OutRecord] = []
+
+    async def send_raw(self, topic_name: str, partition: int, key: bytes | None, value: bytes) -> None:
+        """Keep the record."""
+        self.sent.append(OutRecord(topic_name, partition, key, value))
+
+    async def wait_acknowledged(self) -> None:
+        """Everything kept is acknowledged."""
+
+    def poll(self) -> None:
+        """Nothing is under way."""
+
+
+async def expected(settings: Settings) -> dict[str, list[OutRecord]]:
+    """What the plain confluent-kafka loop makes of the same topic."""
+    recorder = Recorder()
     with RegistryClient.from_settings(settings) as registry:
-        codecs = bar_codecs(registry)
-        for partition in range(settings.kafka.partitions):
-            shard = BarShard(partition, bar_config(settings), codecs)
-            values = [value for of, value in frames if of == partition]
-            for offset, value in enumerate(values):
-                for record in shard.process(offset, value):
-                    result[record.topic].append(record)
+        runner = BarRunner(
+            config=bar_config(settings),
+            codecs=bar_codecs(registry),
+            sender=recorder,
+            open_log=lambda _: MemoryLog(),
+            emitted_offset=lambda _: -1,
+            clock=SystemClock(),
+        )
+        await plain_loop.run(runner, messages(settings, "trades"))
+    result: dict[str, list[OutRecord]] = {name: [] for name in (*OUTPUTS, "deadletter")}
+    for record in recorder.sent:
+        result[record.topic].append(record)
     return result
 
 
@@ -128,9 +159,9 @@ def encoded(settings: Settings, count: int = 20_000, rows_per_frame: int = 200) 
     ]
 
 
-def check_outputs(settings: Settings, frames: list[tuple[int, bytes]]) -> None:
+async def check_outputs(settings: Settings) -> None:
     """The topics hold exactly the expected records, each once and in order."""
-    wanted = expected(settings, frames)
+    wanted = await expected(settings)
     assert records(settings, "bars") == wanted["bars"]
     # a twin may be sent again after a crash; it is compacted by key, so what counts is the last of each key and that none is foreign
     rows = records(settings, "bars.rows")
@@ -144,7 +175,7 @@ async def test_faust_and_the_plain_loop_give_the_same_bytes(settings: Settings) 
     await publish(settings, frames)
     with worker(settings):
         await wait_done(settings)
-    check_outputs(settings, frames)
+    await check_outputs(settings)
 
 
 async def test_a_worker_stopped_and_started_goes_on_where_it_was(settings: Settings) -> None:
@@ -161,7 +192,7 @@ async def test_a_worker_stopped_and_started_goes_on_where_it_was(settings: Setti
     await publish(settings, frames[half:])
     with worker(settings):
         await wait_done(settings)
-    check_outputs(settings, frames)
+    await check_outputs(settings)
 
 
 async def test_workers_that_join_and_leave_change_no_byte(settings: Settings) -> None:
@@ -180,7 +211,7 @@ async def test_workers_that_join_and_leave_change_no_byte(settings: Settings) ->
             first.wait(20)
             await publish(settings, frames[2 * third :])
             await wait_done(settings)
-    check_outputs(settings, frames)
+    await check_outputs(settings)
 
 
 async def test_a_poison_record_is_dead_lettered_and_stops_nothing(settings: Settings) -> None:
@@ -191,7 +222,7 @@ async def test_a_poison_record_is_dead_lettered_and_stops_nothing(settings: Sett
     await publish(settings, mixed)
     with worker(settings):
         await wait_done(settings)
-    check_outputs(settings, mixed)
+    await check_outputs(settings)
     with RegistryClient.from_settings(settings) as registry:
         codec: RowCodec = registry.row_codec("deadletter")
     letters = [codec.decode(record.value) for record in records(settings, "deadletter")]
@@ -213,7 +244,7 @@ async def test_offsets_committed_ahead_of_the_state_lose_nothing(settings: Setti
     consumer.close()
     with worker(settings):
         await wait_done(settings)
-    check_outputs(settings, frames)
+    await check_outputs(settings)
 
 
 async def test_input_is_committed_only_behind_a_snapshot(settings: Settings) -> None:
