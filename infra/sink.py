@@ -94,7 +94,7 @@ class Sink:
                 if not pending.records:
                     pending.since = now
                 value = message.value() or b""
-                pending.records.append(Received(message.partition(), message.offset(), value))
+                pending.records.append(Received(message.partition(), message.offset(), value, max(message.timestamp()[1], 0) * 1000))
                 pending.size += len(value)
             now = time.monotonic()
             for name, pending in self._pending.items():

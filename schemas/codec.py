@@ -19,7 +19,7 @@ import fastavro
 import numpy as np
 
 from schemas.errors import DecodeError, EncodeError, FrameTooLargeError, UnknownSchemaError
-from schemas.frames import Frame
+from schemas.frames import Frame, GapNotice
 
 MAX_RECORD_BYTES: Final = 8 * 1024 * 1024
 """Largest record we write or read: 8 MiB hold 150,000 trades; the broker's ``message.max.bytes`` is above it."""
@@ -68,6 +68,11 @@ def frame_dtypes(text: str) -> dict[str, np.dtype[Any]]:
         if isinstance(kind, dict) and kind.get("type") == "bytes" and kind.get("logicalType") in _DTYPES:
             found[field["name"]] = _DTYPES[kind["logicalType"]]
     return found
+
+
+def frame_fills(text: str) -> dict[str, int]:
+    """Columns that writers of an earlier release do not have, and the value their rows have then."""
+    return {field["name"]: field["fill"] for field in json.loads(text)["fields"] if "fill" in field}
 
 
 class _Codec:
@@ -143,9 +148,15 @@ class FrameCodec(_Codec):
     def __init__(self, name: str, schema_id: int, text: str | None = None) -> None:
         super().__init__(name, schema_id, text)
         self.dtypes = frame_dtypes(self._text)
+        self._fills = frame_fills(self._text)
+        self._has_gaps = any(field["name"] == "gaps" for field in json.loads(self._text)["fields"])
 
     def encode(self, frame: Frame) -> bytes:
-        """Bytes of ``frame``. Raises EncodeError when a column is missing, of another dtype kind or length, or the frame is too large."""
+        """Bytes of ``frame``.
+
+        A column with a ``fill`` may be left out. Raises EncodeError when another is missing, one is of another dtype kind or length, or the
+        frame is too large.
+        """
         rows = frame.row_count
         record: dict[str, Any] = {
             "source": frame.source,
@@ -155,10 +166,12 @@ class FrameCodec(_Codec):
             "row_count": rows,
             "symbols": frame.symbols,
         }
+        if self._has_gaps:
+            record["gaps"] = [notice._asdict() for notice in frame.gaps]
         for name, dtype in self.dtypes.items():
             column = frame.columns.get(name)
             if column is None:
-                if rows:
+                if rows and name not in self._fills:
                     raise EncodeError(f"A frame of '{self.name}' lacks the column '{name}'.")
                 record[name] = b""
                 continue
@@ -183,12 +196,18 @@ class FrameCodec(_Codec):
         columns: dict[str, np.ndarray[Any, Any]] = {}
         for name, dtype in self.dtypes.items():
             raw = record[name]
+            if not raw and rows and name in self._fills:
+                columns[name] = np.full(rows, self._fills[name], dtype)
+                continue
             if len(raw) != rows * dtype.itemsize:
                 raise DecodeError(f"Column '{name}' has {len(raw)} bytes, {rows} rows of {dtype} need {rows * dtype.itemsize}.")
             columns[name] = np.frombuffer(raw, dtype)
         codes = columns["symbol_code"]
         if rows and (int(codes.min()) < 0 or int(codes.max()) >= len(symbols)):
             raise DecodeError(f"symbol_code runs from {codes.min()} to {codes.max()}, the frame names {len(symbols)} symbols.")
+        gaps = tuple(GapNotice(**notice) for notice in record["gaps"]) if self._has_gaps else ()
+        if any(not 0 <= notice.symbol_code < len(symbols) for notice in gaps):
+            raise DecodeError(f"A gap names a symbol code outside the frame's {len(symbols)} symbols.")
         return Frame(
             source=record["source"],
             watermark_us=record["watermark_us"],
@@ -196,6 +215,7 @@ class FrameCodec(_Codec):
             columns=columns,
             input_offset=record["input_offset"],
             flags=record["flags"],
+            gaps=gaps,
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,26 @@ END_OF_SOURCE: Final = 1
 """Flag: the source ends here and will send no more; its open bars are closed as incomplete."""
 
 Columns = Mapping[str, np.ndarray[Any, Any]]
+
+GAP_COMPLETE: Final = 0
+GAP_OPEN: Final = 1
+GAP_FILLED: Final = 2
+GAP_UNFILLABLE: Final = 3
+"""States of an interval of the coverage ledger, in topic ``gaps`` and in :class:`GapNotice`."""
+
+
+class GapNotice(NamedTuple):
+    """What a collector knows to be missing of one symbol, told in the order of the trades: bars are not complete over it."""
+
+    symbol_code: int
+    gap_id: int
+    """The gap's id in topic ``gaps``, unique per symbol."""
+    start_time_us: int
+    """Time of the last row before it."""
+    end_time_us: int
+    """Time of the first row after it."""
+    state: int
+    """GAP_OPEN, GAP_FILLED or GAP_UNFILLABLE."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +58,8 @@ class Frame:
     """Kafka offset of the input record these rows were made from; -1 at a collector."""
     flags: int = 0
     """Bits: END_OF_SOURCE."""
+    gaps: tuple[GapNotice, ...] = ()
+    """Frames of trades only: what of the feed is missing or no longer missing, as of after this frame's rows."""
 
     @property
     def row_count(self) -> int:

@@ -60,6 +60,7 @@ _ALL: Final = (
     Topic(name="onchain", kind="row", schema="onchain", key="chain:asset"),
     Topic(name="gaps", kind="frame", schema="gaps", retention_ms=90 * _DAY_MS),
     Topic(name="quality", kind="frame", schema="quality", retention_ms=30 * _DAY_MS),
+    Topic(name="quarantine", kind="frame", schema="quarantine", retention_ms=90 * _DAY_MS),
     Topic(name="bars", kind="frame", schema="bars", retention_bytes=4 * 1024 * _MIB),
     Topic(name="bars.rows", kind="row", schema="bars_row", key="exchange:symbol:timeframe", compacted=True, segment_bytes=16 * _MIB),
     # 192 MiB hold several snapshots of 10,000 symbols; the newest one is never in the oldest segment

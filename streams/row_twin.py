@@ -49,7 +49,8 @@ class RowTwin:
         codes, lengths = bars["symbol_code"][final].tolist(), bars["timeframe_s"][final].tolist()
         series = [self._of(symbols[code], seconds) for code, seconds in zip(codes, lengths, strict=True)]
         inputs = np.full(len(final), offset, np.int64)
-        columns = [inputs if name == "input_offset" else bars[name][final] for name in self._names]
+        none = np.zeros(len(final), np.int64)  # what these bars do not know, e.g. held_count
+        columns = [inputs if name == "input_offset" else bars[name][final] if name in bars else none for name in self._names]
         values = encode_rows([head for _, head in series], self._plan, columns)
         return [OutRecord(TOPIC, partition, key, value) for (key, _), value in zip(series, values, strict=True)]
 

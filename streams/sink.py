@@ -75,6 +75,8 @@ class Received(NamedTuple):
     partition: int
     offset: int
     value: bytes
+    known_at_us: int = 0
+    """The record's own Kafka timestamp, microseconds UTC: when its producer published it; 0 unknown."""
 
 
 @dataclass(slots=True)
@@ -84,6 +86,7 @@ class _Part:
     columns: Columns
     partition: int
     offset: int
+    known_at_us: int
 
 
 @dataclass(slots=True)
@@ -130,6 +133,7 @@ class TopicSink:
         counts = [len(next(iter(part.columns.values()))) for part in parts]
         columns["kafka_partition"] = np.repeat(np.array([part.partition for part in parts], np.uint16), counts)
         columns["kafka_offset"] = np.repeat(np.array([part.offset for part in parts], np.uint64), counts)
+        columns["known_at_us"] = np.repeat(np.array([part.known_at_us for part in parts], np.int64), counts)
         if self.topic == "trades":
             columns = self._drop_known_trades(keys, columns)
         span = f"{records[0].partition}:{records[0].offset}-{records[-1].partition}:{records[-1].offset}+{len(records)}"
@@ -179,7 +183,7 @@ class TopicSink:
                 columns["input_offset"] = np.full(len(columns["symbol_code"]), frame.input_offset, np.int64)
             codes = np.array([code_of.setdefault(key, len(code_of)) for key in frame.symbols], np.int32)
             columns["symbol_code"] = codes[columns["symbol_code"]]
-            parts.append(_Part(columns, record.partition, record.offset))
+            parts.append(_Part(columns, record.partition, record.offset, record.known_at_us))
         return tuple(code_of), parts
 
     def _rows(self, records: list[Received]) -> list[_Part]:
@@ -192,7 +196,7 @@ class TopicSink:
                 self.on_undecodable(self.topic, record, exc)
                 continue
             columns = {name: _one(value) for name, value in row.items()}
-            parts.append(_Part(columns, record.partition, record.offset))
+            parts.append(_Part(columns, record.partition, record.offset, record.known_at_us))
         return parts
 
     def _decode_row(self, codec: RowCodec, value: bytes) -> Mapping[str, Any]:

@@ -15,7 +15,8 @@ from schemas.topics import TOPICS, Topic
 _FRAME_TYPES: Final = {"<f8": "Float64", "<i8": "Int64", "<i4": "Int32", "|i1": "Int8"}
 _ROW_TYPES: Final = {"string": "String", "long": "Int64", "int": "Int32", "double": "Float64", "bytes": "String", "boolean": "UInt8"}
 _KEY_COLUMNS: Final = (("exchange", "LowCardinality(String)"), ("symbol", "LowCardinality(String)"))
-_POSITION_COLUMNS: Final = (("kafka_partition", "UInt16"), ("kafka_offset", "UInt64"))
+_POSITION_COLUMNS: Final = (("kafka_partition", "UInt16"), ("kafka_offset", "UInt64"), ("known_at_us", "Int64"))
+"""Where a row was read, and when its record was published (the record's Kafka timestamp): what was known at a time is what is not above it."""
 
 _ORDER_BY: Final = {
     # by id, not time: history pages by id, and "do we hold this trade" is a range read of the primary key
@@ -66,6 +67,10 @@ class Table:
             "SETTINGS non_replicated_deduplication_window = 1000"
         )
 
+    def additions(self, database: str) -> list[str]:
+        """``ALTER TABLE`` statements that give a table of an earlier release the columns it lacks; rows it holds get 0 there."""
+        return [f"ALTER TABLE `{database}`.`{self.name}` ADD COLUMN IF NOT EXISTS `{name}` {kind}" for name, kind in self.columns]
+
 
 def _table(entry: Topic) -> Table:
     text = schema_text(entry.schema)
@@ -104,4 +109,5 @@ def statements(database: str, ttl_days: dict[str, int]) -> list[str]:
     return [
         f"CREATE DATABASE IF NOT EXISTS `{database}`",
         *(table.ddl(database, ttl_days.get(table.name, 0)) for table in TABLES.values()),
+        *(statement for table in TABLES.values() for statement in table.additions(database)),
     ]

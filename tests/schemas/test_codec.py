@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tracemalloc
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from schemas.codec import MAX_RECORD_BYTES, FrameCodec, RowCodec, decode_learning, schema_text
 from schemas.errors import DecodeError, EncodeError, FrameTooLargeError, UnknownSchemaError
-from schemas.frames import Frame, frame_from_polars
+from schemas.frames import GAP_OPEN, Frame, GapNotice, frame_from_polars
 from schemas.topics import TOPICS
 
 
@@ -177,3 +178,26 @@ def test_mutated_frames_never_crash_and_never_allocate_unboundedly() -> None:
         assert tracemalloc.get_traced_memory()[1] < 8 * 1024 * 1024
     finally:
         tracemalloc.stop()
+
+
+def test_a_frame_of_an_earlier_release_is_read_with_the_fill_of_the_columns_it_lacks() -> None:
+    """Bars written before ``held_count`` existed hold 0 there, not an empty column that fits no row."""
+    fields = [field for field in json.loads(schema_text("bars"))["fields"] if field["name"] != "held_count"]
+    earlier = FrameCodec("bars", 1, json.dumps({**json.loads(schema_text("bars")), "fields": fields}))
+    columns = {name: np.ones(3, dtype) for name, dtype in earlier.dtypes.items() if name != "symbol_code"}
+    written = earlier.encode(
+        Frame(source="worker", watermark_us=1, symbols=("binance:BTC-USDT",), columns={"symbol_code": np.zeros(3, np.int32), **columns})
+    )
+    now = FrameCodec("bars", 2)
+    now.add_writer(1, json.dumps({**json.loads(schema_text("bars")), "fields": fields}))
+    read = now.decode(written)
+    assert read.columns["held_count"].tolist() == [0, 0, 0]
+    assert read.columns["open"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_gap_notices_travel_with_the_trades_and_one_outside_the_dictionary_is_refused() -> None:
+    """What a collector knows to be missing comes in the order of the rows."""
+    notice = GapNotice(symbol_code=1, gap_id=5, start_time_us=10, end_time_us=20, state=GAP_OPEN)
+    assert CODEC.decode(CODEC.encode(trades(gaps=(notice,)))).gaps == (notice,)
+    with pytest.raises(DecodeError, match="symbol code"):
+        CODEC.decode(CODEC.encode(trades(gaps=(notice._replace(symbol_code=2),))))
