@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 END_OF_SOURCE: Final = 1
 """Flag: the source ends here and will send no more; its open bars are closed as incomplete."""
+HISTORY: Final = 2
+"""Flag: trades of the past, fetched after their bars were closed. They are stored; bars of the past are made anew by the repair."""
 
 Columns = Mapping[str, np.ndarray[Any, Any]]
 
@@ -57,7 +59,7 @@ class Frame:
     input_offset: int = -1
     """Kafka offset of the input record these rows were made from; -1 at a collector."""
     flags: int = 0
-    """Bits: END_OF_SOURCE."""
+    """Bits: END_OF_SOURCE, HISTORY."""
     gaps: tuple[GapNotice, ...] = ()
     """Frames of trades only: what of the feed is missing or no longer missing, as of after this frame's rows."""
 
