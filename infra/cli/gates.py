@@ -46,6 +46,7 @@ def gates(kind: str, arguments: Sequence[str], report: Path) -> list[Gate]:
         Gate(name="ruff format", command=(python, "-m", "ruff", "format", "--check", "--quiet", *CODE)),
         Gate(name="mypy --strict", command=(python, "-m", "mypy")),
         Gate(name="import directions", command=(python, "-m", "pytest", "-q", "tests/test_imports.py")),
+        Gate(name="schemas", command=(python, "-m", "infra.schema_evolution")),
     ]
     if kind == "lint":
         return lint

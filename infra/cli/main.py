@@ -33,6 +33,8 @@ config_app = typer.Typer(help="Settings: what they are and where they came from.
 export_app = typer.Typer(help="Write stored rows into a file.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(export_app, name="export")
+schemas_app = typer.Typer(help="Schemas of the topics, and whether releases can live side by side.", no_args_is_help=True)
+app.add_typer(schemas_app, name="schemas")
 
 
 class Source(StrEnum):
@@ -231,6 +233,26 @@ def config_show(data_dir: DataDir = None, as_json: Json = False, debug: Debug = 
     from infra.cli.catalogue import config_show as run
 
     run(Output(as_json=as_json), data_dir=data_dir)
+
+
+@schemas_app.command("check")
+def schemas_check(as_json: Json = False, debug: Debug = False) -> None:
+    """Whether today's schemas are fully compatible with every released one."""
+    from infra.cli.schemas import check as run
+
+    run(Output(as_json=as_json))
+
+
+@schemas_app.command("freeze")
+def schemas_freeze(
+    version: Annotated[str, typer.Argument(help="Release whose schemas these are from now on, e.g. 0.2.0.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Copy schemas/avro to schemas/released/VERSION: on the commit that is released, once."""
+    from infra.cli.schemas import freeze as run
+
+    run(Output(as_json=as_json), version=version)
 
 
 @app.command()
