@@ -196,9 +196,11 @@ class FrameCodec(_Codec):
         columns: dict[str, np.ndarray[Any, Any]] = {}
         for name, dtype in self.dtypes.items():
             raw = record[name]
-            if not raw and rows and name in self._fills:
+            if not raw and name in self._fills:  # b"" of our own writer, "" where the reader puts in the schema's default
                 columns[name] = np.full(rows, self._fills[name], dtype)
                 continue
+            if not isinstance(raw, bytes):
+                raise DecodeError(f"Column '{name}' of the writer's schema holds text, not bytes.")
             if len(raw) != rows * dtype.itemsize:
                 raise DecodeError(f"Column '{name}' has {len(raw)} bytes, {rows} rows of {dtype} need {rows * dtype.itemsize}.")
             columns[name] = np.frombuffer(raw, dtype)
