@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
-from schemas.codec import frame_dtypes, schema_text
+from schemas.codec import frame_dtypes, frame_fills, schema_text
 from schemas.topics import TOPICS, Topic
 
 _FRAME_TYPES: Final = {"<f8": "Float64", "<i8": "Int64", "<i4": "Int32", "|i1": "Int8"}
@@ -42,10 +43,12 @@ class Table:
     time_column: str
     """Microseconds UTC; partitions are its months, TTLs count from it."""
     order_by: str
+    fills: Mapping[str, int] = field(default_factory=dict)
+    """What a column holds in rows of a release that had no such column, other than 0."""
 
     def ddl(self, database: str, ttl_days: int = 0) -> str:
         """``CREATE TABLE IF NOT EXISTS`` for it."""
-        lines = [f"`{name}` {kind} {_CODECS.get(kind, '')}".rstrip() for name, kind in self.columns]
+        lines = [f"{self._declared(name, kind)} {_CODECS.get(kind, '')}".rstrip() for name, kind in self.columns]
         # After a crash the sink asks for the newest offsets of a partition; parts are written in offset order, so min/max skips the rest.
         lines.append("INDEX by_offset kafka_offset TYPE minmax GRANULARITY 4")
         if self.name in ("trades", "bars"):
@@ -68,8 +71,14 @@ class Table:
         )
 
     def additions(self, database: str) -> list[str]:
-        """``ALTER TABLE`` statements that give a table of an earlier release the columns it lacks; rows it holds get 0 there."""
-        return [f"ALTER TABLE `{database}`.`{self.name}` ADD COLUMN IF NOT EXISTS `{name}` {kind}" for name, kind in self.columns]
+        """``ALTER TABLE`` statements that give a table of an earlier release the columns it lacks; rows it holds get the fill or 0 there."""
+        return [
+            f"ALTER TABLE `{database}`.`{self.name}` ADD COLUMN IF NOT EXISTS {self._declared(name, kind)}" for name, kind in self.columns
+        ]
+
+    def _declared(self, name: str, kind: str) -> str:
+        """Name, type and what rows have there whose writer, an earlier release or its sink, does not know the column."""
+        return f"`{name}` {kind} DEFAULT {self.fills[name]}" if self.fills.get(name) else f"`{name}` {kind}"
 
 
 def _table(entry: Topic) -> Table:
@@ -87,6 +96,7 @@ def _table(entry: Topic) -> Table:
         columns=(*columns, *_POSITION_COLUMNS),
         time_column=_TIME_COLUMN.get(entry.name, "exchange_time_us"),
         order_by=_ORDER_BY.get(entry.name, "exchange, symbol, exchange_time_us"),
+        fills=frame_fills(text) if entry.kind == "frame" else {},
     )
 
 
