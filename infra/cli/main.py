@@ -61,6 +61,7 @@ Exchange = Annotated[str, typer.Option("--exchange", help="Venue, e.g. binance, 
 Symbol = Annotated[str, typer.Option("--symbol", help="Canonical symbol, e.g. BTC-USDT.")]
 Start = Annotated[str | None, typer.Option("--start", help="From this time on: ISO 8601 or epoch number.")]
 End = Annotated[str | None, typer.Option("--end", help="Up to but without this time.")]
+KnownAt = Annotated[str | None, typer.Option("--known-at", help="What was known at this time: without later trades and revisions.")]
 Format = Annotated[FileFormat, typer.Option("--format", help="Format of the file.")]
 OutFile = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
 
@@ -168,6 +169,7 @@ def export_bars(
     timeframe: Annotated[str, typer.Option(help="1s 1m 5m 15m 30m 1h 4h 1d")] = "1m",
     start: Start = None,
     end: End = None,
+    known_at: KnownAt = None,
     file_format: Format = FileFormat.csv,
     data_dir: DataDir = None,
     as_json: Json = False,
@@ -185,6 +187,7 @@ def export_bars(
         timeframe=timeframe,
         start=start,
         end=end,
+        known_at=known_at,
         file_format=file_format.value,
         file=output,
     )
@@ -197,6 +200,7 @@ def export_trades(
     output: OutFile,
     start: Start = None,
     end: End = None,
+    known_at: KnownAt = None,
     file_format: Format = FileFormat.csv,
     data_dir: DataDir = None,
     as_json: Json = False,
@@ -214,9 +218,18 @@ def export_trades(
         timeframe=None,
         start=start,
         end=end,
+        known_at=known_at,
         file_format=file_format.value,
         file=output,
     )
+
+
+@app.command()
+def runs(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """What ran here: every run of the stack with its stretch of the topics; `parity` replays one."""
+    from infra.cli.parity import runs as run
+
+    run(Output(as_json=as_json), data_dir=data_dir)
 
 
 @app.command()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from infra.cli.output import Output
 from infra.cli.ports import free_ports
 from infra.cli.processes import Choice, source_overrides, specs
 from infra.cli.status import process_value, show_processes
-from infra.errors import StartError
+from infra.errors import StartError, UnreachableError
+from infra.runs import begin_run, end_run
+from infra.seam import SystemClock
 from infra.settings import Settings, load_settings
 from infra.stack import servers
-from infra.stack.supervisor import Stack
+from infra.stack.supervisor import Stack, read_state
 
 PROBE_TIMEOUT_S = 3.0
 """Seconds the live venue gets to answer before the simulated exchange is taken."""
@@ -47,11 +50,13 @@ def up(output: Output, *, data_dir: Path | None, source: str | None, detach: boo
     settings = load_settings(overrides=overrides | source_overrides(settings, decision.choice))
     output.note(f"source: {decision.choice} ({decision.why})")
     stack = Stack(settings, processes=specs(settings, decision.choice))
+    began_us = SystemClock().now_us()
     with _terminated_as_interrupt():
         # nothing is stopped when this fails: it has stopped what it started, and a stack that was there before is not ours to stop
         processes = stack.up(detach=detach, on_progress=lambda event: _tell(output, event))
         try:
             write_note(settings)
+            _record_run(output, settings, decision.choice, began_us)
             _announce(output, settings, [process_value(item) for item in processes], time.monotonic() - started, detach)
             if not detach:
                 _watch(output, settings, stack)
@@ -59,7 +64,7 @@ def up(output: Output, *, data_dir: Path | None, source: str | None, detach: boo
             output.note("stopping ...")
         finally:
             if not detach:
-                _stop(stack)
+                _stop(settings, stack)
     if not detach:
         output.note(f"stopped; the data stays in {settings.data_dir}")
 
@@ -110,6 +115,7 @@ def down(output: Output, *, data_dir: Path | None) -> None:
     """Stop the stack. It is no error when none runs."""
     settings = settings_of(data_dir)
     began = time.monotonic()
+    _end_run(settings)
     stopped = Stack(settings).down()
     if output.as_json:
         output.emit({"stopped": stopped, "data_dir": str(settings.data_dir)})
@@ -149,10 +155,28 @@ def _watch(output: Output, settings: Settings, stack: Stack) -> None:
         raise StartError(f"the stack ended by itself with code {code}; see {settings.data_dir / 'logs' / 'supervisor.log'}")
 
 
-def _stop(stack: Stack) -> None:
+def _record_run(output: Output, settings: Settings, source: str, began_us: int) -> None:
+    """Record the run for `marketstream runs` and `parity`; a stack whose PostgreSQL is away runs all the same."""
+    try:
+        name = asyncio.run(begin_run(settings, source, began_us))
+    except UnreachableError as exc:
+        output.note(f"this run is not recorded: {exc.message}")
+        return
+    output.note(f"run: {name}")
+
+
+def _end_run(settings: Settings) -> None:
+    """Note the end of the run while PostgreSQL still answers; where it does not, the end is found in the topics."""
+    if read_state(settings.data_dir) is not None:
+        with suppress(UnreachableError):
+            asyncio.run(end_run(settings))
+
+
+def _stop(settings: Settings, stack: Stack) -> None:
     """Stop the tree whatever happens meanwhile: a second Ctrl-C must not leave half of it running."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        _end_run(settings)
         stack.down()
     finally:
         signal.signal(signal.SIGINT, before)
