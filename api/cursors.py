@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from base64 import urlsafe_b64decode
 from binascii import b2a_base64, crc32
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -28,8 +29,11 @@ MAX_CURSOR_CHARS: Final = 128
 
 _LIVE_VERSION: Final = 1
 _PAGE_VERSION: Final = 65
+_KNOWN_PAGE_VERSION: Final = 66
+"""A page cursor of an answer with ``known_at``; those without stay as they were, so that a reader survives an upgrade between two pages."""
 _LIVE: Final = struct.Struct(">BBHqIQqq")
 _PAGE: Final = struct.Struct(">BBBIqqqq")
+_KNOWN_PAGE: Final = struct.Struct(">BBBIqqqqq")
 _CHECK_BYTES: Final = 4
 _SALT: Final = 0x6D736375
 _URL_SAFE: Final = bytes.maketrans(b"+/", b"-_")
@@ -97,11 +101,15 @@ class PageCursor:
     """Rows of later offsets are not part of this answer: all pages show one state. -1: nothing was stored."""
     last: int
     """Key of the outermost row delivered: open_time_us of a bar, trade_id of a trade."""
+    known_at_us: int | None = None
+    """The pages show what was known then; None: what is known now."""
 
     def encode(self) -> str:
         """The text of it."""
-        fields = (self.series, self.start_us, self.end_us, self.snapshot_offset, self.last)
-        return _seal(_PAGE.pack(_PAGE_VERSION, TOPIC_CODES[self.topic], self.backward, *fields))
+        fields = (TOPIC_CODES[self.topic], self.backward, self.series, self.start_us, self.end_us, self.snapshot_offset, self.last)
+        if self.known_at_us is None:
+            return _seal(_PAGE.pack(_PAGE_VERSION, *fields))
+        return _seal(_KNOWN_PAGE.pack(_KNOWN_PAGE_VERSION, *fields, self.known_at_us))
 
 
 def series_code(topic: str, exchange: str, symbol: str, timeframe_s: int = 0) -> int:
@@ -111,7 +119,7 @@ def series_code(topic: str, exchange: str, symbol: str, timeframe_s: int = 0) ->
 
 def decode_live(text: str) -> LiveCursor:
     """The live cursor in ``text``. Raises CursorError."""
-    _, code, partition, offset, row, epoch, floor_key, until_us = _LIVE.unpack(_open(text, _LIVE, _LIVE_VERSION, "stream"))
+    _, code, partition, offset, row, epoch, floor_key, until_us = _LIVE.unpack(_open(text, {_LIVE_VERSION: _LIVE}, "stream"))
     if code not in _TOPICS or offset < 0:
         raise _broken(text)
     return LiveCursor(topic=_TOPICS[code], partition=partition, offset=offset, row=row, epoch=epoch, floor_key=floor_key, until_us=until_us)
@@ -119,7 +127,11 @@ def decode_live(text: str) -> LiveCursor:
 
 def decode_page(text: str) -> PageCursor:
     """The page cursor in ``text``. Raises CursorError."""
-    _, code, backward, series, start, end, snapshot, last = _PAGE.unpack(_open(text, _PAGE, _PAGE_VERSION, "page"))
+    payload = _open(text, {_PAGE_VERSION: _PAGE, _KNOWN_PAGE_VERSION: _KNOWN_PAGE}, "page")
+    known_at_us: int | None = None
+    if payload[0] == _KNOWN_PAGE_VERSION:
+        *_, known_at_us = _KNOWN_PAGE.unpack(payload)
+    _, code, backward, series, start, end, snapshot, last = _PAGE.unpack_from(payload)
     if code not in _TOPICS or backward > 1:
         raise _broken(text)
     return PageCursor(
@@ -130,6 +142,7 @@ def decode_page(text: str) -> PageCursor:
         end_us=end,
         snapshot_offset=snapshot,
         last=last,
+        known_at_us=known_at_us,
     )
 
 
@@ -146,8 +159,8 @@ def _seal(payload: bytes) -> str:
     return b2a_base64(payload + _check(payload), newline=False).translate(_URL_SAFE, b"=").decode()
 
 
-def _open(text: str, layout: struct.Struct, version: int, kind: str) -> bytes:
-    """The checked payload of ``text``."""
+def _open(text: str, layouts: Mapping[int, struct.Struct], kind: str) -> bytes:
+    """The checked payload of ``text``, of one of the versions in ``layouts``."""
     if len(text) > MAX_CURSOR_CHARS:
         raise _broken(text)
     try:
@@ -157,10 +170,13 @@ def _open(text: str, layout: struct.Struct, version: int, kind: str) -> bytes:
     payload, check = raw[:-_CHECK_BYTES], raw[-_CHECK_BYTES:]
     if not payload or check != _check(payload):
         raise _broken(text)
-    if payload[0] != version:
-        other = {_LIVE_VERSION: "a stream cursor", _PAGE_VERSION: "a page cursor"}.get(payload[0], f"of version {payload[0]}")
+    if payload[0] not in layouts:
+        page = "a page cursor"
+        other = {_LIVE_VERSION: "a stream cursor", _PAGE_VERSION: page, _KNOWN_PAGE_VERSION: page}.get(
+            payload[0], f"of version {payload[0]}"
+        )
         raise CursorError("invalid_cursor", f"The cursor '{text[:40]}' is {other}, wanted is a {kind} cursor: start again without one.")
-    if len(payload) != layout.size:
+    if len(payload) != layouts[payload[0]].size:
         raise _broken(text)
     return payload
 

@@ -24,6 +24,7 @@ class BarsPage(msgspec.Struct):
     next: str | None
     live: str | None
     bars: list[BarRow]
+    known_at_us: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class TradesPage(msgspec.Struct):
@@ -35,6 +36,7 @@ class TradesPage(msgspec.Struct):
     next: str | None
     live: str | None
     trades: list[TradeRow]
+    known_at_us: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Symbol(msgspec.Struct):
@@ -112,7 +114,7 @@ _READY: Final = {"200": "Ready.", "503": "Not ready; the body says what and why.
 _ABOUT: Final = (
     "Market data history and live stream. Times are microseconds since 1970 UTC, ranges are [start, end). "
     "Every history answer carries a `live` cursor: subscribing on the WebSocket `/api/v1/stream` with `from` that cursor continues "
-    "after the last row, nothing missed or repeated."
+    "after the last row, nothing missed or repeated. With `known_at` the answer is what was known then, and there is no `live` cursor."
 )
 
 
@@ -141,6 +143,11 @@ def _range() -> list[dict[str, Any]]:
     return [
         _query("start", f"First time, inclusive: {_TIME}. Without it the newest rows of the range are given.", {"type": "string"}),
         _query("end", "Last time, exclusive, written alike. Without it the range runs to the present.", {"type": "string"}),
+        _query(
+            "known_at",
+            "Answer with what was known at this time, written alike: later trades and revisions are left out.",
+            {"type": "string"},
+        ),
         _query("limit", f"Rows of a page: up to {limits.max_limit_json} as JSON, {limits.max_limit_bulk} as Arrow or CSV.", limit),
         _query("cursor", "`next` of the page before; it holds the range.", {"type": "string"}),
         _query("format", "Wins over the Accept header.", {"type": "string", "enum": list(MEDIA_TYPES)}),

@@ -29,6 +29,7 @@ _ACCEPTED: Final = {
     "text/csv": "csv",
     "text/*": "csv",
 }
+_ALLOWED: Final = ("start", "end", "known_at", "limit", "cursor", "format")
 # the '+' of a time zone, not escaped in the URL, arrives as a space
 _LOST_PLUS: Final = re.compile(r"(?<=:\d\d) (\d\d:?\d\d)$")
 
@@ -47,14 +48,13 @@ class Range:
     limit: int
     format: str
     cursor: PageCursor | None
+    known_at_us: int | None = None
+    """The answer is what was known then; None: what is known now."""
 
 
 def parse_range(channel: str, exchange: str, symbol: str, query: bytes, accept: str, limits: ApiLimits) -> Range:
     """What a history request asks for. Raises Problem."""
-    allowed = (
-        ("timeframe", "start", "end", "limit", "cursor", "format") if channel == "bars" else ("start", "end", "limit", "cursor", "format")
-    )
-    given = parse_query(query, allowed)
+    given = parse_query(query, ("timeframe", *_ALLOWED) if channel == "bars" else _ALLOWED)
     timeframe_s = _timeframe(given.get("timeframe", DEFAULT_TIMEFRAME)) if channel == "bars" else 0
     key = SeriesKey(channel, exchange, symbol, timeframe_s)
     wanted = negotiate(given.get("format"), accept)
@@ -76,6 +76,7 @@ def parse_range(channel: str, exchange: str, symbol: str, query: bytes, accept: 
         limit=limit,
         format=wanted,
         cursor=None,
+        known_at_us=_time("known_at", given.get("known_at")),
     )
 
 
@@ -132,9 +133,9 @@ def _quality(options: list[str]) -> float:
 
 def _continued(key: SeriesKey, given: Mapping[str, str], limit: int, wanted: str) -> Range:
     """The next page a cursor names."""
-    both = [name for name in ("start", "end") if name in given]
+    both = [name for name in ("start", "end", "known_at") if name in given]
     if both:
-        raise Problem("invalid_cursor", f"'{both[0]}' is given beside a cursor, which holds its range already: leave it out.")
+        raise Problem("invalid_cursor", f"'{both[0]}' is given beside a cursor, which holds it already: leave it out.")
     text = given["cursor"]
     if len(text) > MAX_CURSOR_CHARS or not text:
         raise CursorError("invalid_cursor", "The cursor is empty or too long: use one as it was given, or start without.")
@@ -150,6 +151,7 @@ def _continued(key: SeriesKey, given: Mapping[str, str], limit: int, wanted: str
         limit=limit,
         format=wanted,
         cursor=cursor,
+        known_at_us=cursor.known_at_us,
     )
 
 

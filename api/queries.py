@@ -1,7 +1,8 @@
 """SQL of the API: what to read in, a query with its parameters out. No I/O.
 
 Every value travels as a query parameter; only names from our own tables stand in the text. ``kafka_offset < {before}`` pins an answer to one
-state of the store: rows are stored in offset order, so whatever stands before an offset that is stored is stored too.
+state of the store: rows are stored in offset order, so whatever stands before an offset that is stored is stored too. ``known_at`` asks for an
+earlier state of knowledge: rows published until then, and of those the newest revision of each bar (both revisions of a bar are kept).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Page:
     beyond: int | None
     """Key of the outermost row of the page before, exclusive; None on the first page."""
     limit: int
+    known_at_us: int | None = None
+    """Rows published later are left out: the answer is what was known then. None: all."""
 
 
 def _series(key: SeriesKey) -> tuple[str, dict[str, Any]]:
@@ -59,6 +62,9 @@ def _page_where(page: Page) -> tuple[str, dict[str, Any]]:
     time = TIME[page.key.channel]
     where += f" AND {time} >= {{start:Int64}} AND {time} < {{end:Int64}} AND kafka_offset < {{before:UInt64}}"
     parameters |= {"start": page.start_us, "end": page.end_us, "before": page.before}
+    if page.known_at_us is not None:
+        where += " AND known_at_us <= {known_at:Int64}"
+        parameters["known_at"] = page.known_at_us
     if page.beyond is not None:
         where += f" AND {KEY[page.key.channel]} {'<' if page.backward else '>'} {{beyond:Int64}}"
         parameters["beyond"] = page.beyond

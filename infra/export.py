@@ -82,6 +82,7 @@ def export(
     timeframe: str = "1m",
     start_us: int | None = None,
     end_us: int | None = None,
+    known_at_us: int | None = None,
     file_format: str = "csv",
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportSummary:
@@ -96,6 +97,8 @@ def export(
         timeframe: of bars.
         start_us: exchange time of a trade, open time of a bar: from here on.
         end_us: up to but without this.
+        known_at_us: what was known then: trades and revisions published later are left out. Rows of a release that did not note the time
+            count as known from the beginning.
         file_format: ``csv``, ``parquet`` or ``arrow`` (IPC file). Floats in CSV are the shortest text that reads back to the same bits.
         progress: told (rows written, rows to write in all) after each page.
 
@@ -106,7 +109,7 @@ def export(
         UnreachableError: ClickHouse does not answer.
     """
     try:
-        query = _Query(kind, exchange, symbol, timeframe, start_us, end_us)
+        query = _Query(kind, exchange, symbol, timeframe, start_us, end_us, known_at_us)
         if file_format not in FILE_FORMATS:
             raise VocabularyError("file format", file_format, FILE_FORMATS)
     except SchemaError as exc:
@@ -126,7 +129,16 @@ def export(
 class _Query:
     """One export's questions to ClickHouse."""
 
-    def __init__(self, kind: str, exchange: str, symbol: str, timeframe: str, start_us: int | None, end_us: int | None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        exchange: str,
+        symbol: str,
+        timeframe: str,
+        start_us: int | None,
+        end_us: int | None,
+        known_at_us: int | None,
+    ) -> None:
         if kind not in KINDS:
             raise VocabularyError("kind of rows", kind, KINDS)
         if start_us is not None and end_us is not None and start_us >= end_us:
@@ -144,6 +156,10 @@ class _Query:
         self._name = f"{exchange} {symbol}"
         self._range = start_us is not None or end_us is not None
         self._of_instrument = " AND ".join(where)
+        self._known_at_us = known_at_us
+        if known_at_us is not None:
+            self._parameters["t"] = known_at_us
+            where.append("known_at_us <= {t:Int64}")
         for limit, sign, name in ((start_us, ">=", "a"), (end_us, "<", "b")):
             if limit is not None:
                 self._parameters[name] = limit
@@ -179,6 +195,8 @@ class _Query:
             f"SELECT min({self._time}), max({self._time}), count() FROM {self.table} WHERE {self._of_instrument}",
             parameters=self._parameters,
         ).result_rows[0]
+        if held[2] and self._known_at_us is not None and not self._range:
+            return f"No {self.table} of {self._name} were known at {format_time_us(self._known_at_us)}: move --known-at."
         if held[2]:
             span = f"{format_time_us(held[0])} to {format_time_us(held[1])}"
             return f"No {self.table} of {self._name} lie in that range; those stored go from {span}: move --start or --end."

@@ -1,6 +1,7 @@
 """``GET /api/v1/bars/{exchange}/{symbol}`` and ``/api/v1/trades/...``: a range of history, with the cursors that continue it.
 
 A page is read from one state of the store. ``next`` leads to the next page of the same state, ``live`` continues the page on the stream.
+With ``known_at`` a page shows what was known then; the stream continues the present, so such a page has no ``live``.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class HistoryRoute:
             backward=backward,
             beyond=beyond,
             limit=asked.limit,
+            known_at_us=asked.known_at_us,
         )
 
     async def _json(self, asked: Range, page: Page) -> Answer:
@@ -88,6 +90,8 @@ class HistoryRoute:
         head: dict[str, Any] = {"exchange": asked.key.exchange, "symbol": asked.key.symbol}
         if asked.key.timeframe_s:
             head["timeframe"] = timeframe_name(asked.key.timeframe_s)
+        if asked.known_at_us is not None:
+            head["known_at_us"] = asked.known_at_us
         head |= {"count": rows.count, "next": following, "live": live}
         start = msgspec.json.encode(head)[:-1]
         body = b'%s,"%s":[%s]}' % (start, self._channel.encode(), rows.body)
@@ -120,7 +124,10 @@ class HistoryRoute:
                 end_us=asked.end_us,
                 snapshot_offset=page.before,
                 last=edge,
+                known_at_us=asked.known_at_us,
             ).encode()
+        if asked.known_at_us is not None:
+            return following, None
         try:
             epoch = self._epoch(key.channel)
         except StoreUnavailableError:

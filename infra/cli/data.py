@@ -63,6 +63,7 @@ def export(
     timeframe: str | None,
     start: str | None,
     end: str | None,
+    known_at: str | None,
     file_format: str,
     file: Path,
 ) -> None:
@@ -70,7 +71,7 @@ def export(
     from infra.export import export as run
 
     settings = settings_of(data_dir)
-    start_us, end_us = _time("--start", start), _time("--end", end)
+    start_us, end_us, known_at_us = _time("--start", start), _time("--end", end), _time("--known-at", known_at)
     started = time.monotonic()
     with Progress(output, file.name) as progress:
 
@@ -86,6 +87,7 @@ def export(
             timeframe=timeframe or "1m",
             start_us=start_us,
             end_us=end_us,
+            known_at_us=known_at_us,
             file_format=file_format,
             progress=on_progress,
         )

@@ -29,6 +29,7 @@ PAGE = st.builds(
     end_us=INT64,
     snapshot_offset=INT64,
     last=INT64,
+    known_at_us=st.none() | INT64,
 )
 
 
@@ -92,3 +93,10 @@ def test_series_codes_tell_series_apart() -> None:
         series_code("trades", "binance", "BTC-USDT"),
     }
     assert len(codes) == 5
+
+
+def test_a_page_cursor_of_an_earlier_release_is_still_read() -> None:
+    """A reader between two pages survives the upgrade: without ``known_at`` the text is what it always was."""
+    page = PageCursor(topic="bars", series=7, backward=True, start_us=1, end_us=2, snapshot_offset=3, last=4)
+    assert page.encode() == "QQEBAAAABwAAAAAAAAABAAAAAAAAAAIAAAAAAAAAAwAAAAAAAAAE" + page.encode()[52:]
+    assert decode_page(page.encode()).known_at_us is None

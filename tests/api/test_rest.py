@@ -83,6 +83,29 @@ async def test_a_page_has_rows_and_both_cursors(run: Running) -> None:
     assert "open_time_us > {beyond:Int64}" in sql
 
 
+@pytest.mark.parametrize("form", ["json", "csv"])
+async def test_every_page_of_an_answer_shows_what_was_known_at_its_time(run: Running, form: str) -> None:
+    """``known_at`` reaches the query, the cursor carries it on, and there is no stream that would continue the past."""
+    run.history.answers = {"SELECT max(k)": f"{bar_open_us(1)}\t2\t3\n".encode()} | run.history.answers
+    asked = {"start": "2023-11-14", "limit": 2, "known_at": "2024-02-03T04:05:06Z", "format": form}
+    answer = await run.http.get(BARS, params=asked)
+    known_at_us = 1_706_933_106_000_000
+    cursor = answer.headers["x-next-cursor"]
+    assert decode_page(cursor).known_at_us == known_at_us
+    assert "x-live-cursor" not in answer.headers
+    if form == "json":
+        body = answer.json()
+        assert (body["known_at_us"], body["live"], body["next"]) == (known_at_us, None, cursor)
+    for address in (None, answer.links["next"]["url"]):
+        if address is not None:
+            run.history.queries.clear()
+            assert (await run.http.get(address)).status_code == 200
+        for sql, parameters, _ in run.history.queries:
+            if "FROM bars WHERE" in sql and "max(kafka_offset)" not in sql and "DISTINCT" not in sql:
+                assert "known_at_us <= {known_at:Int64}" in sql
+                assert parameters["known_at"] == known_at_us
+
+
 async def test_without_start_the_newest_rows_come_and_the_live_cursor_owes_nothing(run: Running) -> None:
     """The page runs backward from the present, listed oldest first; the stream goes on after it."""
     run.history.answers = EMPTY | {"max(kafka_offset)": b"41\n", "FROM bars": _bars(7, 8, 9)}
@@ -104,6 +127,8 @@ async def test_without_start_the_newest_rows_come_and_the_live_cursor_owes_nothi
         (f"{BARS}?start=2024-01-01&end=2024-01-01", "invalid_range", "[start, end)"),
         (f"{BARS}?start=yesterday", "invalid_time", "yesterday"),
         (f"{BARS}?start=12", "invalid_time", "12"),
+        (f"{BARS}?known_at=tomorrow", "invalid_time", "known_at"),
+        (f"{BARS}?knownat=2024-01-01", "unknown_parameter", "'known_at'"),
         (f"{BARS}?limit=0", "invalid_limit", "1 to 5,000"),
         (f"{BARS}?limit=5001", "invalid_limit", "arrow and csv"),
         (f"{BARS}?limit=-1", "invalid_limit", "-1"),
@@ -151,6 +176,7 @@ async def test_a_cursor_is_good_for_its_own_series_and_range_only(run: Running) 
     ).encode()
     await run.problem(f"{BARS}?cursor={cursor}", "cursor_mismatch")
     await run.problem(f"{BARS}?cursor={cursor}&start=2024-01-01", "invalid_cursor")
+    await run.problem(f"{BARS}?cursor={cursor}&known_at=2024-01-01", "invalid_cursor")
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def _trades() -> pl.DataFrame:
             "receive_time_us": T0_US + ids * 1_000 - 1_250_000,
             "kafka_partition": np.zeros(COUNT, np.uint16),
             "kafka_offset": (ids // 100).astype(np.uint64),
+            "known_at_us": T0_US + ids // 100,
         }
     )
     return pl.concat([one, one.with_columns(symbol=pl.lit("ETH-USDT")).head(10)]).sample(fraction=1, shuffle=True, seed=3)
@@ -119,6 +120,7 @@ def _bar(minute: int, revision: int, is_final: int, volume: float, *, offset: in
         "open": 1.1, "high": 3.3, "low": 0.1, "close": 2.2, "volume": volume, "quote_volume": volume / 3, "buy_volume": volume / 7,
         "trade_count": 5, "vwap": 1 / 3, "first_trade_id": minute, "last_trade_id": minute + 1, "revision": revision, "is_final": is_final,
         "complete": 1, "last_receive_time_us": start, "input_offset": offset, "kafka_partition": 0, "kafka_offset": offset,
+        "known_at_us": T0_US + offset,
     }  # fmt: skip
 
 
@@ -178,6 +180,23 @@ def test_bars_come_in_their_newest_revision(
     assert frame["volume"][0] == 4.0
     assert frame["volume"][1] == 3.0
     assert frame.row(-1, named=True)["volume"] == 1.5
+
+
+def test_known_at_shows_the_revisions_of_that_time(clickhouse: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each version of a bar is kept: before its revision was published the earlier one is the newest, and later rows are not there."""
+    monkeypatch.setattr(module, "PAGE_ROWS", 77)
+    path = tmp_path / "x.parquet"
+    ask: dict[str, Any] = {"exchange": "binance", "symbol": "BTC-USDT", "output": path, "file_format": "parquet"}
+    for known in (2, 3, 5_002, 5_003, 20_002):
+        summary = export(clickhouse, "bars", **ask, known_at_us=T0_US + known)
+        newest = _bars().filter(pl.col.kafka_offset <= known).sort("open_time_us", "revision", "is_final", "kafka_offset")
+        expected = newest.group_by("open_time_us", maintain_order=True).last().select(BAR_COLUMNS)
+        assert summary.rows == expected.height
+        assert_frame_equal(pl.read_parquet(path), expected, check_exact=True)
+    assert export(clickhouse, "trades", **ask, known_at_us=T0_US + 9).rows == 1_000
+    assert pl.read_parquet(path)["trade_id"].to_list() == list(range(1_000))
+    with pytest.raises(NothingFoundError, match=r"No trades of binance BTC-USDT were known at 2024-.*: move --known-at\."):
+        export(clickhouse, "trades", **ask, known_at_us=T0_US - 1)
 
 
 def test_a_range_holds_its_start_and_not_its_end(clickhouse: Settings, tmp_path: Path) -> None:
