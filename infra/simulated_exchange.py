@@ -19,9 +19,10 @@ from pathlib import Path
 import uvloop
 
 from collectors.simulated.config import ServerConfig
-from collectors.simulated.errors import SimulationConfigError
+from collectors.simulated.errors import SimulationError
 from collectors.simulated.exchange import ExchangeConfig
 from collectors.simulated.regimes import MarketConfig
+from collectors.simulated.scripts import Script, read_script
 from collectors.simulated.server import serve
 from infra.seam import SystemClock
 
@@ -49,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--linger-s", type=float, default=5.0, help="keep serving this long after --max-trades")
     add("--max-connection-s", type=float, default=86_400.0, help="life of a WebSocket (Binance: 24 h)")
     add("--weight-limit", type=int, default=None, help="REST request weight a minute; default: Binance's (6,000 spot, 2,400 USD-M)")
+    add("--script", type=Path, default=None, help='JSON file with faults and when they begin, e.g. [{"at_s": 2, "fault": "close"}]')
+    add("--certificate", type=Path, default=None, help="PEM file; the exchange then speaks TLS only")
+    add("--key", type=Path, default=None, help="PEM file of the certificate's private key")
     add("--ready-file", type=Path, default=None, help="write the JSON line with the addresses there, too")
     add("--log-level", default="WARNING", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     return parser
@@ -73,16 +77,27 @@ def build_config(arguments: argparse.Namespace) -> ServerConfig:
         max_trades=arguments.max_trades,
         weight_limit=arguments.weight_limit,
     )
-    return ServerConfig(exchange=exchange, host=arguments.host, port=arguments.port, max_connection_s=arguments.max_connection_s)
+    return ServerConfig(
+        exchange=exchange,
+        host=arguments.host,
+        port=arguments.port,
+        max_connection_s=arguments.max_connection_s,
+        certificate=arguments.certificate,
+        key=arguments.key,
+    )
 
 
-async def run(config: ServerConfig, *, health_port: int | None, ready_file: Path | None, linger_s: float) -> None:
-    """Serve until a signal comes or ``max_trades`` are made and ``linger_s`` have passed."""
+async def run(
+    config: ServerConfig, *, health_port: int | None, ready_file: Path | None, linger_s: float, script: Script | None = None
+) -> None:
+    """Serve, playing ``script``, until a signal comes or ``max_trades`` are made and ``linger_s`` have passed."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     async with serve(config, SystemClock(), extra_port=health_port) as exchange:
+        if script is not None:
+            exchange.play(script)
         ready = json.dumps({"rest_url": exchange.rest_url, "ws_url": exchange.ws_url, "usdm_ws_url": exchange.usdm_ws_url})
         if ready_file is not None:
             ready_file.write_text(ready + "\n", encoding="utf-8")
@@ -103,8 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=arguments.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         config = build_config(arguments)
-        uvloop.run(run(config, health_port=arguments.health, ready_file=arguments.ready_file, linger_s=arguments.linger_s))
-    except SimulationConfigError as error:
+        script = read_script(arguments.script) if arguments.script is not None else None
+        uvloop.run(run(config, health_port=arguments.health, ready_file=arguments.ready_file, linger_s=arguments.linger_s, script=script))
+    except SimulationError as error:
         print(f"simulated exchange: {error}", file=sys.stderr)
         return EXIT_SETTINGS
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from collectors.simulated.errors import SimulationConfigError
 from collectors.simulated.exchange import ExchangeConfig
@@ -25,6 +26,9 @@ class ServerConfig:
         max_buffer_bytes: unsent bytes per connection before a slow client is dropped; 16 MiB are 90,000 trades.
         max_connections: open sockets of all kinds.
         pace: trade in step with the clock; False: only :meth:`SimulatedExchange.advance` moves time.
+        certificate: PEM file; the exchange then speaks TLS only.
+        key: its private key, where the certificate's file has none.
+        track_sent: remember every trade id written to a connection (:meth:`SimulatedExchange.sent_ids`); grows without bound, for tests.
     """
 
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
@@ -37,6 +41,9 @@ class ServerConfig:
     max_buffer_bytes: int = 16 * 1024 * 1024
     max_connections: int = 1_000
     pace: bool = True
+    certificate: Path | None = None
+    key: Path | None = None
+    track_sent: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run, naming it."""

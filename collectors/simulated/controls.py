@@ -3,6 +3,7 @@
 ==========================  =========================================================================================
 ``GET /sim/status``         time, rates, connections, faults and the ids they touched
 ``POST /sim/faults``        begin a fault (:mod:`collectors.simulated.faults`); ``{"fault": "clear"}`` ends all
+``POST /sim/script``        begin a timed sequence of faults (:mod:`collectors.simulated.scripts`)
 ``POST /sim/rate``          ``{"rate": 5000, "market": "spot"}``: trades a second from now on
 ``GET /sim/truth``          ``symbol``, ``from``, ``to`` (ids, [from, to)), ``market``: the trades the market made, as columns
 ``GET /livez``, ``/readyz``  200 while it runs; readyz is 503 once ``max_trades`` are made
@@ -34,6 +35,8 @@ def answer(exchange: SimulatedExchange, request: Request) -> Response | None:
         return as_json(exchange.status())
     if route == ("POST", "/sim/faults"):
         return as_json(exchange.inject(_body(request)).describe())
+    if route == ("POST", "/sim/script"):
+        return as_json(exchange.play_json(_body(request)).describe())
     if route == ("POST", "/sim/rate"):
         return _rate(exchange, _body(request))
     if route == ("GET", "/sim/truth"):

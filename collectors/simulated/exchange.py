@@ -14,8 +14,8 @@ import numpy.typing as npt
 from collectors.simulated.blocks import TradeBlock
 from collectors.simulated.errors import SimulationConfigError
 from collectors.simulated.faults import KEPT_FAULTS, FaultPlan, FaultRequest
-from collectors.simulated.history import MinuteCandles, TradeRing
-from collectors.simulated.limits import WeightLimit
+from collectors.simulated.history import MinuteCandles, TradeRing, Trades
+from collectors.simulated.limits import RestTrouble, WeightLimit
 from collectors.simulated.market import Market
 from collectors.simulated.regimes import MarketConfig
 from collectors.simulated.universe import MarketKind
@@ -75,6 +75,9 @@ class Venue:
         self.candles = MinuteCandles(self.market, minutes=exchange.kline_minutes)
         self.faults = FaultPlan()
         self.limit = WeightLimit(exchange.weight_limit or (6_000 if config.kind == "spot" else 2_400))
+        self.trouble = RestTrouble()
+        # What was traded before the ids were last reset: the trades of a life that REST has forgotten.
+        self.earlier: TradeRing | None = None
         # Symbols whose pause ends by itself: code -> market time.
         self.pauses: dict[int, int] = {}
 
@@ -95,13 +98,34 @@ class Venue:
         self.market.paused[code] = False
         self.pauses.pop(code, None)
 
-    def truth(self, code: int) -> dict[str, npt.NDArray[Any]]:
+    def known(self, code: int) -> Trades:
+        """The trades of a symbol REST has: those still kept, without those a ``lose`` took from it."""
+        kept = self.ring.of_symbol(code)
+        lost = self.faults.lost.get(code)
+        if not lost:
+            return kept
+        return kept.where(~np.isin(kept.trade_id, lost))
+
+    def reset_ids(self) -> None:
+        """Number trades from 1 again and forget those made before (:attr:`earlier` keeps them for the ground truth)."""
+        self.market.next_trade_id[:] = 1
+        self.market.next_agg_id[:] = 1
+        self.earlier, self.ring = self.ring, TradeRing(self.ring.capacity)
+        self.faults.clear()
+        self.faults.lost.clear()
+
+    def truth(self, code: int, *, earlier: bool = False) -> dict[str, npt.NDArray[Any]]:
         """Every trade of a symbol that is still kept, as the market made it, untouched by faults.
+
+        Args:
+            code: the symbol.
+            earlier: the trades made before the last reset of the ids (none where there was none).
 
         Returns:
             ``trade_id`` i8, ``price`` f8, ``size`` f8, ``side`` i1 (taker's), ``exchange_time_us`` i8, by id.
         """
-        trades = self.ring.of_symbol(code)
+        ring = (self.earlier or TradeRing(1_000)) if earlier else self.ring
+        trades = ring.of_symbol(code)
         universe = self.market.universe
         return {
             "trade_id": trades.trade_id,
@@ -133,6 +157,8 @@ class Exchange:
             self.venues["usdm"] = Venue(config.usdm, config, start_ms=first_ms, leader=spot.market)
         self.skew_ms = 0
         self.faults: list[FaultRequest] = []
+        self._down_until_ms = 0
+        self._resets_ids = False
         while self.time_ms + step_ms <= start_ms:
             self.step()
         for venue in self.venues.values():
@@ -149,8 +175,24 @@ class Exchange:
         """True once every market has made ``max_trades``."""
         return all(venue.market.exhausted for venue in self.venues.values())
 
+    @property
+    def is_down(self) -> bool:
+        """True while it restarts: time passes, nothing trades, nobody is answered."""
+        return self.time_ms < self._down_until_ms
+
+    def go_down(self, seconds: float, *, reset_ids: bool) -> None:
+        """Stop trading for ``seconds`` of market time; then go on, with ids from 1 where ``reset_ids``."""
+        self._down_until_ms = self.time_ms + max(int(seconds * 1_000), self.config.spot.step_ms)
+        self._resets_ids = reset_ids
+
     def step(self) -> list[tuple[Venue, TradeBlock]]:
-        """One step of every market."""
+        """One step of every market; none while it is down."""
+        if self.is_down:
+            self.jump_to(self.time_ms + self.config.spot.step_ms)
+            if not self.is_down and self._resets_ids:
+                for venue in self.venues.values():
+                    venue.reset_ids()
+            return []
         return [(venue, venue.step()) for venue in self.venues.values()]
 
     def jump_to(self, time_ms: int) -> None:

@@ -18,6 +18,14 @@ fault             arguments (default)               effect
 ``rate_limit``    seconds (10), status (429)        every REST request is refused; 418 for a ban
 ``skew``          milliseconds                      the exchange's clock is wrong by this much, +-300,000 at most; 0 ends it
 ``pause``         symbol, seconds (0: until clear)  the symbol does not trade
+``lose``          symbol, count (1)                 the next trades are not sent and REST never has them: a gap nobody can fill
+``stall``         connections, seconds              they stay open and answer pings, but carry no market data
+``restart``       seconds (3), reset_ids (true)     nothing trades, connections drop, new ones are refused; then ids start again at 1
+``refuse``        seconds (3)                       new TCP connections are refused; the open ones go on
+``slow_rest``     seconds (10), delay_s (1)         every REST answer comes this much later
+``rest_error``    seconds (10), status (503)        every REST request is answered with this 5xx
+``short_pages``   seconds (10), count (1)           pages of trades hold at most ``count`` rows
+``cut_pages``     count (1)                         the next pages of trades end in the middle of a row
 ``clear``                                           ends every fault
 ================  ================================  =============================================================================
 
@@ -49,6 +57,15 @@ MAX_SKEW_MS: Final = 300_000
 
 CUT_MESSAGE: Final = '{"stream":"btcusdt@trade","data":{"e":"trade","E":17231612'
 
+FAULTS_ON_TRADES: Final = ("drop", "lose", "duplicate", "reorder")
+"""Faults that change the next messages of one symbol."""
+
+_SECONDS: Final = {"rate_limit": 10.0, "restart": 3.0, "refuse": 3.0, "slow_rest": 10.0, "rest_error": 10.0, "short_pages": 10.0}
+"""Defaults of ``seconds``; 0 elsewhere."""
+
+_STATUS: Final = {"rate_limit": (429, 418, 429), "rest_error": (503, 500, 599)}
+"""Default, lowest and highest ``status``."""
+
 _FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "drop": ("symbol", "count"),
     "hole": ("symbol", "count"),
@@ -61,6 +78,14 @@ _FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "rate_limit": ("seconds", "status"),
     "skew": ("milliseconds",),
     "pause": ("symbol", "seconds"),
+    "lose": ("symbol", "count"),
+    "stall": ("connections", "seconds"),
+    "restart": ("seconds", "reset_ids"),
+    "refuse": ("seconds",),
+    "slow_rest": ("seconds", "delay_s"),
+    "rest_error": ("seconds", "status"),
+    "short_pages": ("seconds", "count"),
+    "cut_pages": ("count",),
     "clear": (),
 }
 
@@ -79,8 +104,12 @@ class FaultRequest:
         status: HTTP status.
         milliseconds: clock error.
         text: what a malformed message says.
+        delay_s: how much later an answer comes.
+        reset_ids: a restarted exchange numbers its trades anew.
+        begun_ms: market time at which it began; -1: not yet.
         remaining: trades still to be touched.
         touched: ids of the trades it touched, the last 10,000.
+        ranges: where it touched several symbols: exchange symbol -> ``[first, last]`` ids, both touched, ascending.
     """
 
     fault: str
@@ -92,14 +121,27 @@ class FaultRequest:
     status: int = 429
     milliseconds: int = 0
     text: str = CUT_MESSAGE
+    delay_s: float = 1.0
+    reset_ids: bool = True
+    begun_ms: int = -1
     remaining: int = 0
     touched: deque[int] = field(default_factory=lambda: deque(maxlen=KEPT_IDS))
+    ranges: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """For ``/sim/status``."""
         shown: dict[str, Any] = {"fault": self.fault, "market": self.market}
         shown |= {name: getattr(self, name) for name in _FIELDS[self.fault]}
-        return shown | {"remaining": self.remaining, "touched": list(self.touched)}
+        return shown | {"begun_ms": self.begun_ms, "remaining": self.remaining, "touched": list(self.touched), "ranges": self.ranges}
+
+    def touch(self, symbol: str, ids: list[int]) -> None:
+        """Note ids of a symbol, ascending, beside those noted before."""
+        ranges = self.ranges.setdefault(symbol, [])
+        for trade_id in ids:
+            if ranges and ranges[-1][1] == trade_id - 1:
+                ranges[-1][1] = trade_id
+            elif not ranges or trade_id > ranges[-1][1]:
+                ranges.append([trade_id, trade_id])
 
 
 def parse_fault(body: Any) -> FaultRequest:
@@ -125,12 +167,17 @@ def parse_fault(body: Any) -> FaultRequest:
     most = MAX_HELD if name == "reorder" else MAX_COUNT
     request.count = int(_number(body, "count", 2 if name == "reorder" else 1, 1, most))
     request.connections = int(_number(body, "connections", 0, 0, MAX_COUNT))
-    request.seconds = _number(body, "seconds", 10.0 if name == "rate_limit" else 0.0, 0.0, 86_400.0)
+    request.seconds = _number(body, "seconds", _SECONDS.get(name, 0.0), 0.0, 86_400.0)
+    request.delay_s = _number(body, "delay_s", 1.0, 0.0, 3_600.0)
     request.milliseconds = int(_number(body, "milliseconds", 0, -MAX_SKEW_MS, MAX_SKEW_MS))
     request.text = str(body.get("text", CUT_MESSAGE))
-    request.status = int(_number(body, "status", 429, 418, 429))
-    if request.status not in (418, 429):
+    request.status = int(_number(body, "status", *_STATUS.get(name, (429, 418, 429))))
+    if name == "rate_limit" and request.status not in (418, 429):
         raise UnknownFaultError(f"{name}: status={request.status} must be 418 or 429")
+    reset_ids = body.get("reset_ids", True)
+    if not isinstance(reset_ids, bool):
+        raise UnknownFaultError(f"{name}: reset_ids={reset_ids!r} must be true or false")
+    request.reset_ids = reset_ids
     return request
 
 
@@ -148,9 +195,11 @@ class FaultPlan:
         self._active: list[tuple[FaultRequest, int]] = []
         # symbol code -> trades held back by a reorder, oldest first
         self._held: dict[int, list[TradeBlock]] = {}
+        self.lost: dict[int, list[int]] = {}
+        """Symbol code -> ids that REST must not have, ascending."""
 
     def add(self, request: FaultRequest, code: int) -> None:
-        """Begin a ``drop``, ``duplicate`` or ``reorder`` on the symbol ``code``; faults of one symbol act one after the other."""
+        """Begin a ``drop``, ``lose``, ``duplicate`` or ``reorder`` on the symbol ``code``; faults of one symbol act one after the other."""
         request.remaining = request.count
         self._active.append((request, code))
 
@@ -187,6 +236,8 @@ class FaultPlan:
             blocks[0] = block.take(np.sort(np.concatenate((np.arange(len(block)), rows))))
             return
         blocks[0] = block.take(np.delete(np.arange(len(block)), rows))
+        if request.fault == "lose":
+            self.lost.setdefault(code, []).extend(block.trade_id[rows].tolist())
         if request.fault == "reorder":
             held = self._held.setdefault(code, [])
             held.append(block.take(rows))

@@ -47,6 +47,12 @@ class Trades:
             self.trade_id[rows], self.price[rows], self.size[rows], self.time_ms[rows], self.buyer_is_maker[rows], self.agg_id[rows]
         )
 
+    def where(self, mask: npt.NDArray[np.bool_]) -> Trades:
+        """Rows whose ``mask`` is set."""
+        return Trades(
+            self.trade_id[mask], self.price[mask], self.size[mask], self.time_ms[mask], self.buyer_is_maker[mask], self.agg_id[mask]
+        )
+
     def columns(self) -> tuple[IntArray, IntArray, IntArray, IntArray, npt.NDArray[np.bool_], IntArray]:
         """The columns in the order of the fields."""
         return self.trade_id, self.price, self.size, self.time_ms, self.buyer_is_maker, self.agg_id

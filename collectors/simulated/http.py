@@ -54,12 +54,13 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Response:
-    """One reply; ``body`` is JSON unless ``content_type`` says otherwise."""
+    """One reply; ``body`` is JSON unless ``content_type`` says otherwise; ``delay_s``: how much later it is sent."""
 
     status: int = 200
     body: str = "{}"
     headers: Mapping[str, str] = field(default_factory=dict)
     content_type: str = "application/json;charset=UTF-8"
+    delay_s: float = 0.0
 
     def encode(self, *, keep_alive: bool) -> bytes:
         """The bytes to send."""

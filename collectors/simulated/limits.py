@@ -1,4 +1,4 @@
-"""Request weight, as Binance counts it: per minute, 429 beyond the limit, 418 for those who do not stop.
+"""Request weight, as Binance counts it: per minute, 429 beyond the limit, 418 for those who do not stop; and REST that is ill.
 
 Pure; time is an argument. One instance counts one address; everything on loopback is one address.
 """
@@ -85,6 +85,41 @@ class WeightLimit:
             return Verdict(429, self._used, _seconds((minute + 1) * MINUTE_MS - now_ms))
         self._used += weight
         return Verdict(200, self._used)
+
+
+@dataclass(slots=True)
+class RestTrouble:
+    """How REST of one market is ill; all times in milliseconds since the epoch, 0: not.
+
+    Attributes:
+        error_status: answered to every request until ``error_until_ms``.
+        delay_s: every answer comes this much later until ``delay_until_ms``.
+        page_rows: rows of a page of trades at most until ``pages_until_ms``.
+        cuts: pages of trades still to be cut in the middle.
+    """
+
+    error_status: int = 503
+    error_until_ms: int = 0
+    delay_s: float = 0.0
+    delay_until_ms: int = 0
+    page_rows: int = 1_000
+    pages_until_ms: int = 0
+    cuts: int = 0
+
+    def delay(self, now_ms: int) -> float:
+        """Seconds an answer that is due now is late."""
+        return self.delay_s if now_ms < self.delay_until_ms else 0.0
+
+    def rows(self, limit: int, now_ms: int) -> int:
+        """How many rows a page holds where ``limit`` were asked for."""
+        return min(limit, self.page_rows) if now_ms < self.pages_until_ms else limit
+
+    def shorten(self, body: str) -> str:
+        """The body of a page, cut where that is due."""
+        if not self.cuts:
+            return body
+        self.cuts -= 1
+        return body[: len(body) // 2]
 
 
 def _seconds(milliseconds: int) -> int:

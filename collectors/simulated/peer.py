@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Final, Protocol, cast
 
 from websockets.exceptions import ProtocolError
@@ -64,6 +65,10 @@ class Host(Protocol):
         """Time that never goes back."""
         ...
 
+    def later(self, delay_s: float, call: Callable[[], None]) -> None:
+        """Call ``call`` after ``delay_s``."""
+        ...
+
 
 class Peer(asyncio.Protocol):
     """A connection; ``asyncio`` calls the methods of :class:`asyncio.Protocol`.
@@ -87,7 +92,11 @@ class Peer(asyncio.Protocol):
         self.kind: MarketKind = "spot"
         self.combined = False
         self.half_open = False
+        # Market time until which no market data is sent to it, though pings are answered.
+        self.stalled_until_ms = 0
         self.ending = False
+        # An answer that comes late is on its way; what else the client asks waits for it.
+        self._answering = False
 
     # asyncio.Protocol
 
@@ -112,7 +121,11 @@ class Peer(asyncio.Protocol):
             self._receive_frames(data)
             return
         self._buffer += data
-        while self._socket is None and not self.ending:
+        self._serve()
+
+    def _serve(self) -> None:
+        """Answer the requests that have arrived, in their order."""
+        while self._socket is None and not self.ending and not self._answering:
             try:
                 request = take_request(self._buffer)
             except HttpSyntaxError as error:
@@ -123,7 +136,21 @@ class Peer(asyncio.Protocol):
             if request.upgrades:
                 self._upgrade(request)
             else:
-                self._reply(self._host.answer(request), keep_alive=request.keep_alive)
+                self._answer(self._host.answer(request), request.keep_alive)
+
+    def _answer(self, response: Response, keep_alive: bool) -> None:
+        """Send a reply, now or when it is due."""
+        if response.delay_s <= 0.0:
+            self._reply(response, keep_alive=keep_alive)
+            return
+        self._answering = True
+        self._host.later(response.delay_s, lambda: self._answer_late(response, keep_alive))
+
+    def _answer_late(self, response: Response, keep_alive: bool) -> None:
+        self._answering = False
+        if not self.ending and not self.half_open:
+            self._reply(response, keep_alive=keep_alive)
+            self._serve()
 
     # HTTP
 

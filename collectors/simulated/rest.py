@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 from collectors.simulated.derivatives import funding_rate, open_interest, premium_index
@@ -42,6 +43,11 @@ class Call:
         self.headers = request.headers
         self.now_ms = now_ms
         self.spot = venue.wire.spot
+
+    def rows(self, default: int, most: int) -> int:
+        """``limit`` of a page of trades, no more than a shortened page holds."""
+        # Refusals end by the machine's clock, not by the exchange's wrong one.
+        return self.venue.trouble.rows(self.limit(default, most), self.now_ms - self.exchange.skew_ms)
 
     def code(self) -> int:
         """The symbol asked for.
@@ -111,8 +117,8 @@ class Call:
 
 def _trades(call: Call) -> str:
     code = call.code()
-    limit = call.limit(500, 1_000)
-    kept = call.venue.ring.of_symbol(code)
+    limit = call.rows(500, 1_000)
+    kept = call.venue.known(code)
     return call.venue.wire.rest_trades(code, kept.cut(max(0, len(kept) - limit), len(kept)), skew_ms=call.exchange.skew_ms)
 
 
@@ -120,22 +126,22 @@ def _historical_trades(call: Call) -> str:
     if not call.spot and len(call.headers.get("x-mbx-apikey", "")) < 1:
         raise ApiError(-2014, "API-key format invalid.", status=401)
     code = call.code()
-    limit = call.limit(500, 1_000 if call.spot else 500)
+    limit = call.rows(500, 1_000 if call.spot else 500)
     from_id = call.number("fromId")
-    kept = call.venue.ring.of_symbol(code)
+    kept = call.venue.known(code)
     start = max(0, len(kept) - limit) if from_id is None else int(kept.trade_id.searchsorted(from_id))
     return call.venue.wire.rest_trades(code, kept.cut(start, start + limit), skew_ms=call.exchange.skew_ms)
 
 
 def _agg_trades(call: Call) -> str:
     code = call.code()
-    limit = call.limit(500, 1_000)
+    limit = call.rows(500, 1_000)
     from_id, start_ms, end_ms = call.number("fromId"), call.number("startTime"), call.number("endTime")
     if from_id is not None and (start_ms is not None or end_ms is not None):
         raise ApiError(-1128, "Combination of optional parameters invalid.")
     skew_ms = call.exchange.skew_ms
     ring = call.venue.ring
-    kept = ring.of_symbol(code)
+    kept = call.venue.known(code)
     if ring.total > ring.capacity:
         kept = without_oldest_aggregate(kept)
     first, last = 0, len(kept)
@@ -224,6 +230,8 @@ _USDM_ROUTES: Final[dict[str, Handler]] = _ROUTES | {
     "openInterest": lambda call: open_interest(call.venue, call.code(), call.now_ms),
 }
 
+_TRADE_PAGES: Final = ("trades", "historicalTrades", "aggTrades")
+
 # Weight with one symbol, and without: Binance's tables of 2025.
 _SPOT_WEIGHT: Final = {
     "ping": (1, 1), "time": (1, 1), "exchangeInfo": (20, 20), "trades": (25, 25), "historicalTrades": (25, 25), "aggTrades": (4, 4),
@@ -262,13 +270,19 @@ def answer(exchange: Exchange, request: Request, now_ms: int) -> Response | None
         return Response(status=404, body=json.dumps({"code": -5000, "msg": f"Path {request.path}, Method {request.method} is invalid"}))
     if request.method != "GET":
         return as_json({"code": -1000, "msg": f"Request method '{request.method}' not supported."}, status=405)
-    limit = venue.limit
+    limit, trouble = venue.limit, venue.trouble
+    delay_s = trouble.delay(now_ms)
+    if now_ms < trouble.error_until_ms:
+        return replace(
+            as_json({"code": -1001, "msg": "Internal error; unable to process your request."}, status=trouble.error_status), delay_s=delay_s
+        )
     verdict = limit.admit(weight_of(spot=venue.wire.spot, route=route, params=request.params), now_ms)
     headers = {"X-MBX-USED-WEIGHT": str(verdict.used), "X-MBX-USED-WEIGHT-1M": str(verdict.used)}
     if verdict.status != 200:
         return _refusal(verdict.status, limit.limit, verdict.banned_until_ms, headers | {"Retry-After": str(verdict.retry_after_s)})
     try:
-        return Response(body=handler(Call(exchange, venue, request, now_ms + exchange.skew_ms)), headers=headers)
+        body = handler(Call(exchange, venue, request, now_ms + exchange.skew_ms))
+        return Response(body=trouble.shorten(body) if route in _TRADE_PAGES else body, headers=headers, delay_s=delay_s)
     except ApiError as error:
         body = json.dumps({"code": error.code, "msg": error.msg}, separators=(",", ":"))
         return Response(status=error.status, body=body, headers=headers)
