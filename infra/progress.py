@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Mapping
 
 from infra.errors import MarketstreamError
-from infra.kafka import committed_offsets, end_offsets, last_record
+from infra.kafka import committed_offsets, end_offsets
+from infra.newest_bars import newest_worker_bars
 from infra.registry_client import RegistryClient
 from infra.settings import Settings
-from schemas.codec import decode_learning
 
 SINK_GROUP = "marketstream-sink"
 """Consumer group whose committed offsets say what ClickHouse holds."""
@@ -30,14 +30,13 @@ def worker_offsets(settings: Settings) -> dict[int, tuple[int, int]]:
     with RegistryClient.from_settings(settings) as registry:
         codec = registry.frame_codec("bars")
         for partition in range(settings.kafka.partitions):
-            newest = last_record(settings.kafka, "bars", partition)
+            newest = newest_worker_bars(settings.kafka, registry, codec, partition)
             if newest is None:
                 found[partition] = (-1, 0)
                 continue
             # Both from the one record: an end asked for earlier would belong to an older input offset, and a waiting replay would
             # return before its last bars are stored (tests/integration/test_chaos.py found it).
-            offset, value = newest
-            found[partition] = (decode_learning(codec, value, registry.schema).input_offset, offset + 1)
+            found[partition] = (newest.input_offset, newest.offset + 1)
     return found
 
 

@@ -14,13 +14,13 @@ from prometheus_client import Counter, Gauge
 
 from infra.errors import MarketstreamError
 from infra.health import HealthServer
-from infra.kafka import FrameProducer, consumer_config, last_record, producer_config, unreachable
+from infra.kafka import FrameProducer, consumer_config, producer_config, unreachable
 from infra.logs import setup_logging
+from infra.newest_bars import newest_worker_bars
 from infra.registry_client import RegistryClient
 from infra.seam import SystemClock
 from infra.settings import Settings, load_settings
 from processors.bars import BarConfig
-from schemas.codec import decode_learning
 from schemas.topics import TOPICS
 from streams.bar_shard import BarCodecs
 from streams.runner import BarRunner
@@ -111,8 +111,8 @@ def build_runner(settings: Settings, registry: RegistryClient) -> BarRunner:
     state_producer = Producer(producer_config(settings.kafka))
 
     def emitted_offset(partition: int) -> int:
-        newest = last_record(settings.kafka, "bars", partition)
-        return -1 if newest is None else decode_learning(codecs.bars, newest[1], registry.schema).input_offset
+        newest = newest_worker_bars(settings.kafka, registry, codecs.bars, partition)
+        return -1 if newest is None else newest.input_offset
 
     return BarRunner(
         config=bar_config(settings),

@@ -2,6 +2,8 @@
 
 Comes in: records of ``trades``. Goes out: one ``bars`` frame for each input record (empty when it closed and changed nothing, so that its
 watermark and its ``input_offset`` travel on), a ``bars.rows`` record for each final bar, a ``deadletter`` for each row or record refused.
+Bars that touch a gap which the collectors tell of (``Frame.gaps``) are published with ``complete`` 0. Frames flagged HISTORY make no bars here:
+the repair makes those of the past anew.
 
 The Faust agent (``streams.app``) and the plain loop (``streams.plain_loop``) both run this; a test compares their bytes.
 """
@@ -9,8 +11,6 @@ The Faust agent (``streams.app``) and the plain loop (``streams.plain_loop``) bo
 from __future__ import annotations
 
 import json
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,19 +18,21 @@ from typing import Any, Final
 import numpy.typing as npt
 
 from processors.bars import REJECT_REASONS, BarBatches, BarConfig, BarEngine
+from processors.gap_book import GapBook
 from schemas.codec import FrameCodec, RowCodec, decode_learning
 from schemas.errors import DecodeError
-from schemas.frames import Frame
+from schemas.frames import HISTORY, Frame
 from schemas.symbols import SIDE_NAMES, parse_key
+from schemas.timeframes import US_PER_SECOND
 from streams.deadletters import dead_letter
 from streams.errors import StateError
 from streams.records import OutRecord
 from streams.row_twin import RowTwin
+from streams.shard_state import pack_state, unpack_state
 
 COMPONENT: Final = "worker"
-_STATE_HEADER: Final = struct.Struct("<4sHHqII")
-_STATE_MAGIC: Final = b"MSBS"
-_STATE_VERSION: Final = 1
+_PENDING_US: Final = 60 * US_PER_SECOND
+"""Bars may wait this much longer than their length and the revision window for their last publication (the rings of the bar engine)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +66,7 @@ class BarShard:
         codecs: BarCodecs,
         *,
         engine: BarEngine | None = None,
+        gaps: GapBook | None = None,
         applied_offset: int = -1,
         emitted_offset: int = -1,
     ) -> None:
@@ -72,11 +75,16 @@ class BarShard:
         self.emitted_offset = emitted_offset
         self.trade_count = 0
         """Rows accepted since this shard was made, for metrics."""
-        self.watermark_us = 0
         self._codecs = codecs
         self._twin = RowTwin(codecs.rows)
         self._live_interval_us = config.live_interval_us
         self._engine = engine if engine is not None else BarEngine(config)
+        self._gaps = gaps if gaps is not None else GapBook(_reach_us(config))
+
+    @property
+    def watermark_us(self) -> int:
+        """The largest watermark of any source so far, 0 before the first."""
+        return self._engine.watermark_us
 
     def process(self, offset: int, value: bytes) -> list[OutRecord]:
         """Records that follow from the record at ``offset``; [] when the state already covers it.
@@ -89,18 +97,26 @@ class BarShard:
             frame = decode_learning(self._codecs.trades, value, self._codecs.fetch_schema)
         except DecodeError as exc:
             records = [self._undecodable(offset, value, exc)]
-            batches, history = None, False
+            batches, backlog = None, False
         else:
-            batches = self._engine.process(frame)
-            self.watermark_us = batches.watermark_us
-            self.trade_count += batches.accepted
-            records = self._rejected(offset, frame, batches) if len(batches.rejected["row"]) else []
-            history = self._is_history(frame)
+            records, batches = self._trades(offset, frame)
+            backlog = self._is_backlog(frame)
         self.applied_offset = offset
-        records += self._bars(offset, batches, history=history)
+        records += self._bars(offset, batches, backlog=backlog)
         return records
 
-    def _is_history(self, frame: Frame) -> bool:
+    def _trades(self, offset: int, frame: Frame) -> tuple[list[OutRecord], BarBatches | None]:
+        """What follows from a frame but its bars, and its bars; None for trades of the past, whose bars the repair makes."""
+        if frame.gaps:
+            self._gaps.apply(frame)
+        if frame.flags & HISTORY:
+            return [], None
+        batches = self._engine.process(frame)
+        self.trade_count += batches.accepted
+        batches.bars["complete"] = self._gaps.complete(batches.symbols, batches.bars)
+        return self._rejected(offset, frame, batches) if len(batches.rejected["row"]) else [], batches
+
+    def _is_backlog(self, frame: Frame) -> bool:
         """Whether the frame covers more time than lies between two updates of an open bar.
 
         Live frames span their linger, 5 to 20 ms. A longer one is a replay or a backlog, where nobody waits for open bars of the past; they
@@ -111,27 +127,23 @@ class BarShard:
 
     def snapshot(self) -> bytes:
         """The whole state as bytes; the same state gives the same bytes."""
-        body = self._engine.snapshot()
-        return _STATE_HEADER.pack(_STATE_MAGIC, _STATE_VERSION, self.partition, self.applied_offset, len(body), zlib.crc32(body)) + body
+        sections = {"engine": self._engine.snapshot()}
+        if len(self._gaps):
+            sections["gaps"] = json.dumps(self._gaps.to_state(), separators=(",", ":")).encode()
+        return pack_state(self.partition, self.applied_offset, sections)
 
     @classmethod
     def restore(cls, partition: int, config: BarConfig, codecs: BarCodecs, data: bytes, *, emitted_offset: int = -1) -> BarShard:
-        """The shard that :meth:`snapshot` was taken of. Raises StateError for bytes that are not a state of this partition."""
-        if len(data) < _STATE_HEADER.size:
-            raise StateError(f"A bar state of {len(data)} bytes is cut off.")
-        magic, version, of_partition, applied_offset, size, checksum = _STATE_HEADER.unpack_from(data)
-        body = data[_STATE_HEADER.size :]
-        if magic != _STATE_MAGIC or version != _STATE_VERSION:
-            raise StateError(f"These bytes are no bar state of version {_STATE_VERSION}.")
-        if of_partition != partition or len(body) != size or zlib.crc32(body) != checksum:
-            raise StateError(f"The bar state of partition {of_partition} is damaged or not of partition {partition}.")
+        """The shard that :meth:`snapshot` was taken of, also by release 0.1. Raises StateError for bytes that are no state of this partition."""
+        state = unpack_state(partition, data)
         try:
-            engine = BarEngine.restore(config, body)
-        except ValueError as exc:
+            engine = BarEngine.restore(config, state.sections.get("engine", b""))
+            gaps = GapBook.from_state(_reach_us(config), json.loads(state.sections.get("gaps", b"[]")))
+        except (ValueError, TypeError) as exc:
             raise StateError(f"The bar state of partition {partition} cannot be used: {exc}") from exc
-        return cls(partition, config, codecs, engine=engine, applied_offset=applied_offset, emitted_offset=emitted_offset)
+        return cls(partition, config, codecs, engine=engine, gaps=gaps, applied_offset=state.applied_offset, emitted_offset=emitted_offset)
 
-    def _bars(self, offset: int, batches: BarBatches | None, *, history: bool = False) -> list[OutRecord]:
+    def _bars(self, offset: int, batches: BarBatches | None, *, backlog: bool) -> list[OutRecord]:
         records: list[OutRecord] = []
         if batches is not None:
             # Sent again after a crash, same keys and bytes: the broker may have taken the bars of this offset and not yet the twin, as
@@ -142,7 +154,7 @@ class BarShard:
         if batches is None:
             frame = Frame(source=COMPONENT, watermark_us=self.watermark_us, input_offset=offset)
         else:
-            columns = _final_rows(batches.bars) if history else batches.bars
+            columns = _final_rows(batches.bars) if backlog else batches.bars
             frame = Frame(
                 source=COMPONENT, watermark_us=batches.watermark_us, symbols=batches.symbols, columns=columns, input_offset=offset
             )
@@ -185,6 +197,11 @@ class BarShard:
             )
             records.append(OutRecord("deadletter", 0, instrument.key.encode(), self._codecs.deadletter.encode(letter)))
         return records
+
+
+def _reach_us(config: BarConfig) -> int:
+    """How far behind the watermark the oldest bar may open that can still be published."""
+    return config.timeframe_us[-1] + config.revision_window_us + _PENDING_US
 
 
 def _final_rows(bars: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
