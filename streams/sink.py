@@ -3,7 +3,8 @@
 Comes in: records of any frame or row topic. Goes out: columnar batches for a :class:`Store`, one calendar month each, because ClickHouse
 inserts one block of one partition atomically and nothing larger. Rows carry the offset they were read from; after a crash the sink reads
 again from what its group has committed and drops the (offset, month) pairs the table already holds. Trades are also compared by id, so the
-same trade in another record (a reconnect, a second replay) is dropped; bars by the input offset of the worker that made them.
+same trade in another record (a reconnect, a second replay) is dropped; bars by the input offset of the worker that made them. Bars of the
+repair have none (-1): it publishes a bar again only after it has seen what is stored, so nothing of it comes twice.
 """
 
 from __future__ import annotations
@@ -172,10 +173,11 @@ class TopicSink:
                 continue
             columns: Columns = dict(frame.columns)
             if self.topic == "bars":
-                if frame.input_offset <= self._input_offset.get(record.partition, -1):
-                    self.duplicates += frame.row_count
-                    continue
-                self._input_offset[record.partition] = frame.input_offset
+                if frame.input_offset >= 0:
+                    if frame.input_offset <= self._input_offset.get(record.partition, -1):
+                        self.duplicates += frame.row_count
+                        continue
+                    self._input_offset[record.partition] = frame.input_offset
                 final = columns["is_final"] == 1
                 if not final.any():
                     continue

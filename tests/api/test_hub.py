@@ -179,6 +179,34 @@ async def test_a_late_trade_shows_as_a_corrected_bar_once() -> None:
     await hub.stop()
 
 
+async def test_a_repaired_bar_of_the_past_shows_as_corrected_between_the_workers_updates() -> None:
+    """A frame of the repair names no input; it revises closed bars, also those only the store knows, and leaves the open bar alone."""
+    kafka = MemoryKafka()
+    store = MemoryStore(kafka)
+    for number in range(4):
+        kafka.append("bars", bars_frame(KEY, [(number, 0, 1)], input_offset=number))
+    store.catch_up("bars")
+    hub, _, limits = await start_hub(kafka, store)
+    reader = Reader(hub, BARS, limits)
+    await reader.start(limit=2)
+    kafka.append("bars", bars_frame(KEY, [(4, 0, 0)], input_offset=7))
+    kafka.append("bars", bars_frame(KEY, [(0, 1, 1), (3, 1, 1)], input_offset=-1))
+    kafka.append("bars", bars_frame(KEY, [(0, 1, 1), (3, 1, 1)], input_offset=-1))
+    kafka.append("bars", bars_frame(KEY, [(4, 0, 1)], input_offset=9))
+    kafka.hand("bars")
+    await reader.settle()
+    kinds = [
+        (message["type"], [(row["trade_count"], row["revision"], row["is_final"]) for row in message["data"]])
+        for message in reader.messages[1:]
+    ]
+    assert kinds == [
+        ("update", [(4, 0, False)]),
+        ("corrected", [(0, 1, True), (3, 1, True)]),
+        ("update", [(4, 0, True)]),
+    ]
+    await hub.stop()
+
+
 async def test_resuming_between_two_messages_of_one_record_delivers_the_rest_of_it() -> None:
     """A cursor may stand inside a record: rows before it are not repeated."""
     kafka = MemoryKafka()

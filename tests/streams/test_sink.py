@@ -187,6 +187,18 @@ def test_killed_anywhere_nothing_is_lost_or_doubled(topic: str, seed: int) -> No
         assert sorted((int(row["input_offset"]), int(row["open_time_us"])) for row in store.rows["bars"]) == expected  # type: ignore[call-overload]
 
 
+def test_bars_of_the_repair_are_stored_beside_the_workers() -> None:
+    """They come from no record of trades: the worker's place is neither needed nor moved, also in a sink that starts after them."""
+    store = MemoryStore()
+    sink = topic_sink(store, "bars")
+    sink.resume(0, 0)
+    deliver(store, sink, [Received(0, 0, bars(4, [1])), Received(0, 1, bars(-1, [1, 1])), Received(0, 2, bars(4, [1]))])
+    again = topic_sink(store, "bars")
+    again.resume(0, 2)
+    deliver(store, again, [Received(0, 2, bars(4, [1])), Received(0, 3, bars(5, [1])), Received(0, 4, bars(-1, [1]))])
+    assert sorted(int(row["input_offset"]) for row in store.rows["bars"]) == [-1, -1, -1, 4, 5]  # type: ignore[call-overload]
+
+
 def test_open_bars_are_not_stored() -> None:
     """Only final rows reach the table."""
     store = MemoryStore()
