@@ -11,6 +11,7 @@ fault             arguments (default)               effect
 ``hole``          symbol, count (1)                 ids that never existed: neither sent nor in REST
 ``duplicate``     symbol, count (1)                 the next trades are sent twice
 ``reorder``       symbol, count (2)                 the next trades are held, then sent newest first
+``late``          symbol, count (1), seconds (1)    the next trades are sent this much later, after newer ones
 ``malformed``     count (1), text (a cut message)   every connection gets text that is no JSON
 ``half_open``     connections (all)                 they stay open, but nothing is sent or answered any more
 ``close``         connections (all)                 dropped without a close frame: the client sees 1006
@@ -57,10 +58,18 @@ MAX_SKEW_MS: Final = 300_000
 
 CUT_MESSAGE: Final = '{"stream":"btcusdt@trade","data":{"e":"trade","E":17231612'
 
-FAULTS_ON_TRADES: Final = ("drop", "lose", "duplicate", "reorder")
+FAULTS_ON_TRADES: Final = ("drop", "lose", "duplicate", "reorder", "late")
 """Faults that change the next messages of one symbol."""
 
-_SECONDS: Final = {"rate_limit": 10.0, "restart": 3.0, "refuse": 3.0, "slow_rest": 10.0, "rest_error": 10.0, "short_pages": 10.0}
+_SECONDS: Final = {
+    "late": 1.0,
+    "rate_limit": 10.0,
+    "restart": 3.0,
+    "refuse": 3.0,
+    "slow_rest": 10.0,
+    "rest_error": 10.0,
+    "short_pages": 10.0,
+}
 """Defaults of ``seconds``; 0 elsewhere."""
 
 _STATUS: Final = {"rate_limit": (429, 418, 429), "rest_error": (503, 500, 599)}
@@ -71,6 +80,7 @@ _FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "hole": ("symbol", "count"),
     "duplicate": ("symbol", "count"),
     "reorder": ("symbol", "count"),
+    "late": ("symbol", "count", "seconds"),
     "malformed": ("count", "text"),
     "half_open": ("connections",),
     "close": ("connections",),
@@ -164,7 +174,7 @@ def parse_fault(body: Any) -> FaultRequest:
         raise UnknownFaultError(f"{name}: market={request.market!r} must be spot or usdm")
     if "symbol" in allowed and not request.symbol:
         raise UnknownFaultError(f"{name}: symbol is missing")
-    most = MAX_HELD if name == "reorder" else MAX_COUNT
+    most = MAX_HELD if name in ("reorder", "late") else MAX_COUNT
     request.count = int(_number(body, "count", 2 if name == "reorder" else 1, 1, most))
     request.connections = int(_number(body, "connections", 0, 0, MAX_COUNT))
     request.seconds = _number(body, "seconds", _SECONDS.get(name, 0.0), 0.0, 86_400.0)
@@ -195,6 +205,8 @@ class FaultPlan:
         self._active: list[tuple[FaultRequest, int]] = []
         # symbol code -> trades held back by a reorder, oldest first
         self._held: dict[int, list[TradeBlock]] = {}
+        # (market time when due, trades) of a ``late``, in the order they were held back
+        self._late: list[tuple[int, TradeBlock]] = []
         self.lost: dict[int, list[int]] = {}
         """Symbol code -> ids that REST must not have, ascending."""
 
@@ -209,12 +221,15 @@ class FaultPlan:
             request.remaining = 0
         self._active.clear()
         self._held.clear()
+        self._late.clear()
 
     def apply(self, block: TradeBlock) -> TradeBlock:
         """The rows to send in place of ``block``; the same object where no fault applies."""
-        if not self._active:
+        if not self._active and not self._late:
             return block
         blocks: list[TradeBlock] = [block]
+        due = [held for due_ms, held in self._late if due_ms <= block.end_ms]
+        self._late = [entry for entry in self._late if entry[0] > block.end_ms]
         busy: set[int] = set()
         for request, code in list(self._active):
             if code in busy:
@@ -222,6 +237,7 @@ class FaultPlan:
             busy.add(code)
             self._apply_one(request, code, blocks)
         self._active = [entry for entry in self._active if entry[0].remaining]
+        blocks += due
         return blocks[0] if len(blocks) == 1 else concatenate(blocks)
 
     def _apply_one(self, request: FaultRequest, code: int, blocks: list[TradeBlock]) -> None:
@@ -235,12 +251,15 @@ class FaultPlan:
         if request.fault == "duplicate":
             blocks[0] = block.take(np.sort(np.concatenate((np.arange(len(block)), rows))))
             return
+        block_rows = block.take(rows)
         blocks[0] = block.take(np.delete(np.arange(len(block)), rows))
+        if request.fault == "late":
+            self._late.append((block.end_ms + int(request.seconds * 1_000), block_rows))
         if request.fault == "lose":
             self.lost.setdefault(code, []).extend(block.trade_id[rows].tolist())
         if request.fault == "reorder":
             held = self._held.setdefault(code, [])
-            held.append(block.take(rows))
+            held.append(block_rows)
             if not request.remaining:
                 released = concatenate(self._held.pop(code))
                 # The rest of the symbol's rows in this block came later and follow.

@@ -24,7 +24,7 @@ MAX_ENTRIES: Final = 10_000
 MAX_SECONDS: Final = 86_400.0
 
 RANDOM_KINDS: Final = (
-    "drop", "hole", "duplicate", "reorder", "malformed", "half_open", "close", "cut_24h", "rate_limit", "skew", "pause", "lose", "stall",
+    "drop", "hole", "duplicate", "reorder", "late", "malformed", "half_open", "close", "cut_24h", "rate_limit", "skew", "pause", "lose", "stall",
     "refuse", "slow_rest", "rest_error", "short_pages", "cut_pages",
 )  # fmt: skip
 """What a random script draws from by default: everything but a restart with ids reset, which makes ids ambiguous."""
@@ -128,7 +128,7 @@ def _whole(body: Mapping[str, Any], name: str, default: int, most: int) -> int:
 def _draw(random: Random, symbols: list[str], kinds: list[str]) -> dict[str, Any]:
     kind = random.choice(kinds)
     fault: dict[str, Any] = {"fault": kind}
-    if kind in ("drop", "hole", "duplicate", "reorder", "lose"):
+    if kind in ("drop", "hole", "duplicate", "reorder", "late", "lose"):
         return fault | {"symbol": random.choice(symbols), "count": random.choice((2, 3, 10, 50))}
     if kind == "pause":
         return fault | {"symbol": random.choice(symbols), "seconds": random.uniform(0.5, 3.0)}

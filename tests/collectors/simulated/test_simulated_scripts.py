@@ -199,6 +199,19 @@ async def test_a_stalled_connection_answers_but_carries_no_data(exchange: Simula
         assert trades_of(await received(socket), "BTCUSDT")[0] == made[-1] + 1
 
 
+async def test_late_trades_come_after_newer_ones(exchange: SimulatedExchange) -> None:
+    """Held for half a second of market time, then sent, each once, behind trades that were made later."""
+    async with connect(f"{exchange.ws_url}/ws/btcusdt@trade") as socket:
+        await settle(exchange, 1)
+        known = len(exchange.truth("BTCUSDT")["trade_id"])
+        fault = exchange.inject({"fault": "late", "symbol": "BTCUSDT", "count": 3, "seconds": 0.5})
+        exchange.advance(SECOND)
+        sent = trades_of(await received(socket), "BTCUSDT")
+    assert sorted(sent) == exchange.truth("BTCUSDT")["trade_id"][known:].tolist()
+    assert sent[0] == fault.touched[-1] + 1
+    assert sent.index(fault.touched[0]) > 3
+
+
 # REST that is ill.
 
 
