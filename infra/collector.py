@@ -11,6 +11,7 @@ import contextlib
 import logging
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -34,6 +35,9 @@ from infra.logs import setup_logging
 from infra.registry_client import RegistryClient
 from infra.seam import SystemClock
 from infra.settings import Settings, load_settings
+from infra.spool import Spool, SpoolConfig, SpoolFullError
+from infra.spool_files import DiskFiles
+from infra.spool_sink import SpoolSink
 from infra.symbol_store import SymbolStore
 from schemas.errors import SchemaError, VocabularyError
 from schemas.symbols import check_symbol
@@ -42,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 DRAIN_S: Final = 5.0
 """SIGTERM to exit; the supervisor's patience is longer."""
+FLUSH_S: Final = 2.0
+"""Of these, how long to wait for acknowledgements; what has none by then is kept on disk and sent at the next start."""
 MAX_DEAD_LETTERS: Final = 10_000
 """Dead letters that wait for the broker; more are counted, not kept."""
 DEFAULT_SYMBOLS: Final = (
@@ -54,8 +60,8 @@ _RETRY_S: Final = 2.0
 class KafkaDeadLetters:
     """`collectors.wire.DeadLetters` into topic ``deadletter``; a bounded queue, so the hot path never waits."""
 
-    def __init__(self, producer: FrameProducer, metrics: CollectorMetrics) -> None:
-        self._producer, self._metrics = producer, metrics
+    def __init__(self, sink: SpoolSink, metrics: CollectorMetrics) -> None:
+        self._sink, self._metrics = sink, metrics
         self._queue: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue(MAX_DEAD_LETTERS)
 
     def put(self, *, reason: str, detail: str, exchange: str, symbol: str, place: str, time_us: int, raw: bytes, raw_size: int) -> None:
@@ -79,7 +85,7 @@ class KafkaDeadLetters:
         while True:
             key, row = await self._queue.get()
             try:
-                await self._producer.send_row("deadletter", key, row)
+                await self._sink.send_row("deadletter", key, row)
             finally:
                 self._queue.task_done()
 
@@ -91,10 +97,10 @@ class KafkaDeadLetters:
 class CollectorProcess:
     """The wired collector. ``run()`` once; ``stop()`` from a signal handler."""
 
-    def __init__(self, settings: Settings, registry: RegistryClient, producer: FrameProducer, metrics: CollectorMetrics) -> None:
+    def __init__(self, settings: Settings, registry: RegistryClient, sink: SpoolSink, metrics: CollectorMetrics) -> None:
         self._settings = settings
         self._registry = registry
-        self._producer = producer
+        self._sink = sink
         self._metrics = metrics
         self._clock = SystemClock()
         self._stopping = asyncio.Event()
@@ -112,12 +118,47 @@ class CollectorProcess:
         found = dict(self._trouble)
         if self._collector is not None:
             found |= self._collector.reasons()
+        found |= self._sink.reasons()
         if self._round_us and self._clock.monotonic_us() - self._round_us > 10_000_000:
             found["loop"] = "The collector's event loop has not run for 10 s."
         return found
 
     async def run(self) -> None:
-        """Collect until stopped. Raises UnreachableError, CollectorError for what no retry can help."""
+        """Collect until stopped; then everything received is acknowledged or in the spool.
+
+        Raises UnreachableError, CollectorError for what no retry can help.
+        """
+        tasks = {asyncio.create_task(self._sink.run(), name="spool"), asyncio.create_task(self._collect(), name="collect")}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._keep()
+
+    async def _keep(self) -> None:
+        try:
+            await self._sink.close(FLUSH_S)
+        except SpoolFullError as exc:
+            logger.error("%s What is not sent yet is fetched by id at the next start.", exc)
+
+    async def _sent_before(self) -> bool:
+        """Wait until what an earlier process left in the spool is in the topics, where the last positions are read; False when stopped."""
+        if not self._sink.is_spooling:
+            return True
+        self._trouble["start"] = "The collector is sending what an earlier one left in its spool."
+        either = {asyncio.create_task(self._sink.drained()), asyncio.create_task(self._stopping.wait())}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in either:
+                task.cancel()
+        return not self._stopping.is_set()
+
+    async def _collect(self) -> None:
         settings = self._settings.collector
         venue = venue_of(settings.exchange, rest_url=settings.rest_url, ws_url=settings.ws_url)
         self._fixed = {check_symbol(symbol) for symbol in settings.symbols}
@@ -125,14 +166,16 @@ class CollectorProcess:
             await asyncio.to_thread(self._registry.register, name)
         # loads the compiled reader (0.2 s; 2 s to compile where nobody did) before there is anything to read
         await asyncio.to_thread(BinanceMapper(venue.kind).parse, [b"{}"])
+        if not await self._sent_before():
+            return
         resume = await asyncio.to_thread(self._positions, venue)
-        dead_letters = KafkaDeadLetters(self._producer, self._metrics)
+        dead_letters = KafkaDeadLetters(self._sink, self._metrics)
         async with httpx.AsyncClient(timeout=10.0, trust_env=not _is_loopback(venue.rest_url)) as http:
             rest = BinanceRest(venue, http, self._clock, Breaker(f"{venue.exchange}/rest"))
             self._collector = self._metrics.collector = BinanceCollector(
                 venue=venue,
                 rest=rest,
-                sink=self._producer,
+                sink=self._sink,
                 dead_letters=dead_letters,
                 clock=self._clock,
                 config=_config(self._settings),
@@ -159,14 +202,13 @@ class CollectorProcess:
             for task in done - {stopping}:
                 task.result()
             symbols.cancel()
-            async with asyncio.timeout(DRAIN_S):
+            async with asyncio.timeout(DRAIN_S - FLUSH_S):
                 await collector.stop()
                 await running
                 await dead_letters.drained()
-                await self._producer.flush(DRAIN_S - 1.0)
         except TimeoutError:
             raise UnreachableError(
-                f"Kafka did not take what was received within {DRAIN_S:.0f} s; the rest is fetched by id at the next start."
+                f"Neither Kafka nor the spool took what was received within {DRAIN_S - FLUSH_S:.0f} s; the rest is fetched by id at the next start."
             ) from None
         finally:
             for task in tasks:
@@ -176,7 +218,6 @@ class CollectorProcess:
     async def _beat(self) -> None:
         while True:
             self._round_us = self._clock.monotonic_us()
-            self._producer.poll()
             await self._clock.sleep(0.5)
 
     # Symbols.
@@ -271,7 +312,28 @@ async def collect(settings: Settings) -> None:
     metrics = CollectorMetrics(settings.collector.exchange)
     registry = RegistryClient.from_settings(settings)
     producer = FrameProducer(settings.kafka, registry)
-    process = CollectorProcess(settings, registry, producer, metrics)
+    with open_spool(settings) as spool:
+        sink = metrics.sink = SpoolSink(producer, spool, SystemClock())
+        await _run(CollectorProcess(settings, registry, sink, metrics), settings, registry, metrics)
+
+
+@contextlib.contextmanager
+def open_spool(settings: Settings) -> Iterator[Spool]:
+    """This collector's spool, with what an earlier process left in it. Raises DataDirError, DiskFullError."""
+    files = DiskFiles(settings.data_dir / "spool" / f"{settings.kafka.topic_prefix}{settings.collector.exchange}")
+    try:
+        spool = Spool(files, SpoolConfig(max_bytes=settings.collector.spool_max_mb * 1_000_000))
+        found = spool.open()
+        if found.cut_bytes:
+            logger.warning("%d bytes of the spool were torn and cut off; what they held is fetched by id.", found.cut_bytes)
+        if found.waiting_bytes:
+            logger.info("The spool holds %.1f MB of an earlier process, which are sent first.", found.waiting_bytes / 1e6)
+        yield spool
+    finally:
+        files.close()
+
+
+async def _run(process: CollectorProcess, settings: Settings, registry: RegistryClient, metrics: CollectorMetrics) -> None:
     REGISTRY.register(metrics)
     health = HealthServer(settings.collector.health_port, process.reasons).start()
     loop = asyncio.get_running_loop()

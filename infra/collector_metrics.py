@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 from collectors.binance.collector import BinanceCollector
 from collectors.breaker import Breaker
 from collectors.session import Shard
+from infra.spool_sink import SpoolSink
 
 _COUNTERS = (
     ("trades_received", "Trades handed on, duplicates left out", "trades"),
@@ -34,6 +35,7 @@ class CollectorMetrics(Collector):
     def __init__(self, exchange: str) -> None:
         self._exchange = exchange
         self.collector: BinanceCollector | None = None
+        self.sink: SpoolSink | None = None
         self.dead_letters_lost = 0
 
     def collect(self) -> Iterable[Metric]:
@@ -47,6 +49,29 @@ class CollectorMetrics(Collector):
         yield from self._errors(shards)
         yield from self._gauges(shards)
         yield from self._breakers(shards)
+        yield from self._spool()
+
+    def _spool(self) -> Iterator[Metric]:
+        sink = self.sink
+        if sink is None:
+            return
+        for name, text, value in (
+            ("collector_unacknowledged_bytes", "Records in memory that the broker has not acknowledged", sink.waiting_bytes),
+            ("collector_spool_bytes", "Records in the disk spool that the broker has not acknowledged", sink.spool_bytes),
+            ("collector_spool_disk_bytes", "What the spool takes on disk", sink.disk_bytes),
+            ("collector_spool_oldest_seconds", "Age of the oldest record that is not acknowledged", sink.oldest_age_s()),
+            ("collector_spool_full", "1: neither broker nor disk takes more, reading has stopped", float(sink.is_full)),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=["exchange"])
+            gauge.add_metric([self._exchange], value)
+            yield gauge
+        for name, text, count in (
+            ("collector_spooled_records", "Records written to the disk spool", sink.spooled_records),
+            ("collector_spool_full_waits", "Times a record had to wait because the spool was full", sink.full_waits),
+        ):
+            counter = CounterMetricFamily(name, text, labels=["exchange"])
+            counter.add_metric([self._exchange], count)
+            yield counter
 
     def _errors(self, shards: list[Shard]) -> Iterator[Metric]:
         errors = CounterMetricFamily("collector_errors", "What went wrong, by reason", labels=["exchange", "shard", "reason"])

@@ -123,20 +123,29 @@ class FrameProducer:
         self._acked: dict[tuple[str, int], int] = {}
         self._sent_count: dict[tuple[str, int], int] = {}
         self._acked_count: dict[tuple[str, int], int] = {}
+        self._refused: set[tuple[str, int]] = set()
         self._failure: KafkaError | None = None
         self._unpolled = 0
 
     async def send(self, topic_name: str, partition: int, frame: Frame) -> None:
         """Queue ``frame`` for that partition. Raises EncodeError; UnreachableError when the broker refused an earlier record for good."""
-        codec = self._codec(topic_name)
-        assert isinstance(codec, FrameCodec)
-        await self.send_raw(topic_name, partition, None, codec.encode(frame))
+        await self.send_raw(topic_name, partition, None, self.encode(topic_name, frame))
 
     async def send_row(self, topic_name: str, key: str, row: Mapping[str, Any], partition: int = 0) -> None:
         """Queue one row record. Raises as :meth:`send` does."""
+        await self.send_raw(topic_name, partition, key.encode(), self.encode_row(topic_name, row))
+
+    def encode(self, topic_name: str, frame: Frame) -> bytes:
+        """Bytes of a frame's record. Raises EncodeError."""
+        codec = self._codec(topic_name)
+        assert isinstance(codec, FrameCodec)
+        return codec.encode(frame)
+
+    def encode_row(self, topic_name: str, row: Mapping[str, Any]) -> bytes:
+        """Bytes of a row's record. Raises EncodeError."""
         codec = self._codec(topic_name)
         assert isinstance(codec, RowCodec)
-        await self.send_raw(topic_name, partition, key.encode(), codec.encode(row))
+        return codec.encode(row)
 
     async def send_raw(self, topic_name: str, partition: int, key: bytes | None, value: bytes) -> None:
         """Queue bytes that are already encoded. Delivery reports are served now and then; call :meth:`poll` when done for the moment."""
@@ -191,6 +200,14 @@ class FrameProducer:
             found.setdefault(topic_name, {})[partition] = offset
         return found
 
+    def sent_count(self, topic_name: str, partition: int) -> int:
+        """Records queued for a partition so far."""
+        return self._sent_count.get((topic_name, partition), 0)
+
+    def acked_count(self, topic_name: str, partition: int) -> int:
+        """How many of these are acknowledged: always the first ones."""
+        return self._acked_count.get((topic_name, partition), 0)
+
     def poll(self) -> None:
         """Serve delivery reports; call it when nothing was sent for a while."""
         self._unpolled = 0
@@ -210,12 +227,15 @@ class FrameProducer:
         return codec
 
     def _delivered(self, error: KafkaError | None, message: Any) -> None:
+        place = (message.topic().removeprefix(self._prefix), message.partition())
         if error is not None:
             logger.error("The broker refused a record of topic %s for good: %s", message.topic(), error)
             self._failure = error
+            self._refused.add(place)
             return
-        place = (message.topic().removeprefix(self._prefix), message.partition())
         self._acked[place] = message.offset()
+        if place in self._refused:  # counts name the first records of a partition: one that came after a refused one must not stand for it
+            return
         self._acked_count[place] = self._acked_count.get(place, 0) + 1
 
 

@@ -155,6 +155,12 @@ class CollectorSettings:
         10, "longest a trade waits for its frame, ms; 5..20 keeps latency small and frames worth their cost", low=1, high=1000
     )
     max_frame_rows: int = option(4096, "rows of one frame at most; 4,096 trades are 230 kB", low=1, high=100_000)
+    spool_max_mb: int = option(
+        2048,
+        "disk the spool may take while the broker is away, MB; an hour of 10,000 trades/s. Full: reading stops",
+        low=17,
+        high=1_000_000,
+    )
     rest_url: str = option("", "REST address; empty: the venue's own", check=_url_check)
     ws_url: str = option("", "WebSocket address; empty: the venue's own", check=_url_check)
     health_port: int = option(0, "port of /livez, /readyz, /metrics", port=True, same_as="ports.collector")

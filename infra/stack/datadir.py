@@ -1,6 +1,6 @@
 """The data folder: claimed by one supervisor at a time, checked before anything is started. Each thing that can be wrong is one sentence.
 
-Layout: ``VERSION``, ``kafka/``, ``postgres/``, ``clickhouse/``, ``logs/``, ``run/`` (``lock``, ``state.json``).
+Layout: ``VERSION``, ``kafka/``, ``postgres/``, ``clickhouse/``, ``logs/``, ``run/`` (``lock``, ``state.json``), ``spool/`` (collectors make it).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def check_version(data_dir: Path) -> None:
     try:
         text = file.read_text(errors="replace")
     except FileNotFoundError:
-        others = sorted(path.name for path in data_dir.iterdir() if path.name not in ("logs", "run"))
+        others = sorted(path.name for path in data_dir.iterdir() if path.name not in ("logs", "run", "spool"))
         if others:
             raise DataDirBrokenError(
                 f"{data_dir} is not a data folder of ours: it has no VERSION file but holds {others[0]!r}; choose an empty folder"
