@@ -86,6 +86,11 @@ class _Codec:
         self._header = _HEADER.pack(0, schema_id)
         self._writers: dict[int, Any] = {}
 
+    @property
+    def text(self) -> str:
+        """The schema this codec writes with, as JSON."""
+        return self._text
+
     def add_writer(self, schema_id: int, text: str) -> None:
         """Make records written with another schema (an older or newer release) readable.
 

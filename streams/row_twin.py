@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from processors.avro_rows import BOOLEAN, DOUBLE, LONG, encode_rows
-from schemas.codec import RowCodec, schema_text
+from schemas.codec import RowCodec
 from schemas.timeframes import NAME_BY_SECONDS
 from streams.records import OutRecord
 
@@ -30,7 +30,7 @@ class RowTwin:
     """
 
     def __init__(self, codec: RowCodec) -> None:
-        fields = json.loads(schema_text(codec.name))["fields"]
+        fields = json.loads(codec.text)["fields"]
         lead, rest = fields[:3], fields[3:]
         if [entry["name"] for entry in lead] != ["exchange", "symbol", "timeframe"] or any(entry["type"] not in _KINDS for entry in rest):
             raise ValueError(
