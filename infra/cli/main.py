@@ -233,6 +233,20 @@ def runs(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) 
 
 
 @app.command()
+def parity(
+    run: Annotated[str, typer.Argument(help="Id of a run, its beginning, or 'last'; see `marketstream runs`.")],
+    html: Annotated[Path | None, typer.Option("--html", help="Write a certificate into this file.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Replay a recorded run from its topics and compare every bar; exit code 1 when a row differs and nothing explains it."""
+    from infra.cli.parity import parity as work
+
+    raise typer.Exit(work(Output(as_json=as_json), data_dir=data_dir, run=run, html=html))
+
+
+@app.command()
 def topics(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) -> None:
     """The catalogue of topics with partitions, offsets, sizes and retention."""
     from infra.cli.catalogue import topics as run

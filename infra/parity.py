@@ -1,0 +1,243 @@
+"""Parity: a recorded run in, its trades replayed from the topic through the worker's own code, and every bar compared, out.
+
+Partition by partition the trades stream through a fresh ``BarShard`` (from the first record the topic still holds, so that the state is
+right) beside the ``bars`` the live run published; the stored rows are compared with the topic on the way. Nothing is written to any topic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+
+from infra import offsets
+from infra.clickhouse.client import connect
+from infra.errors import UnreachableError
+from infra.kafka import committed_offsets, consumer_config, unreachable
+from infra.parity_compare import Comparison, Findings, Record, merge
+from infra.parity_repairs import explain, load_jobs
+from infra.parity_rows import RowKey
+from infra.parity_store import StoreComparison, StoreFindings
+from infra.progress import SINK_GROUP, worker_offsets
+from infra.registry_client import RegistryClient
+from infra.runs import TOPICS_OF_A_RUN, Run
+from infra.seam import SystemClock
+from infra.settings import Settings, load_settings
+from infra.worker import bar_codecs, bar_config
+from schemas.codec import decode_learning
+from schemas.seam import Clock
+from schemas.topics import TOPICS
+from streams.bar_shard import BarShard
+
+_TIMEOUT_S: Final = 10.0
+_BATCH: Final = 500
+_WAIT_S: Final = 15.0
+"""How long a run that still goes is waited for, until worker and sink are where its topics stood when we looked."""
+_POLL_S: Final = 0.2
+NOT_RETAINED_RECORDS: Final = "records of the run that its topics no longer hold"
+
+Tell = Callable[[int, int, int], None]
+"""Called with (trades records done, to do, trades done)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a parity came to."""
+
+    run: Run
+    findings: list[Findings]
+    store: list[StoreFindings]
+    settings: Mapping[str, str]
+    """What decides which bars a worker makes, as the run had it."""
+    replayed: Mapping[int, tuple[int, int, int]]
+    """Partition -> (first trades record replayed, first of the run, end of the run)."""
+    not_retained: int
+    """Trades records of the run that the topics no longer hold; their bars cannot be compared."""
+    seconds: float
+    finished_us: int
+
+    @property
+    def unexplained(self) -> int:
+        """Rows and records that nothing explains, in the topic and in ClickHouse: 0 is the promise."""
+        return sum(part.unexplained for part in self.findings) + sum(part.unexplained for part in self.store)
+
+    @property
+    def trades_per_s(self) -> float:
+        """Replayed and compared."""
+        return sum(part.trades for part in self.findings) / max(self.seconds, 1e-6)
+
+    def value(self) -> dict[str, Any]:
+        """For JSON and the certificate."""
+        sums = merge(self.findings)
+        partitions = []
+        for part in self.findings:
+            entry = asdict(part) | {"explained": dict(part.explained), "differences": [item.value() for item in part.differences]}
+            entry["by_timeframe"] = {seconds: dict(counts) for seconds, counts in sorted(part.by_timeframe.items())}
+            entry["replayed_from"], entry["first"], entry["stop"] = self.replayed[part.partition]
+            partitions.append(entry)
+        store = [asdict(part) | {"differences": [item.value() for item in part.differences]} for part in self.store]
+        return {
+            "run": self.run.value() | {"settings": dict(self.settings)},
+            "verdict": "parity" if self.unexplained == 0 else "difference",
+            "unexplained": self.unexplained,
+            "bars": sums,
+            "not_retained_records": self.not_retained,
+            "clickhouse": {name: sum(getattr(part, name) for part in self.store) for name in ("rows", "equal", "pending", "unexplained")},
+            "partitions": partitions,
+            "clickhouse_partitions": store,
+            "seconds": round(self.seconds, 3),
+            "trades_per_s": round(self.trades_per_s),
+            "finished_us": self.finished_us,
+            "machine": {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()},
+        }
+
+
+async def check(settings: Settings, run: Run, *, tell: Tell = lambda *_: None, clock: Clock | None = None) -> Report:
+    """Replay ``run`` and compare. Raises UnreachableError when a server does not answer."""
+    clock = clock or SystemClock()
+    run = await _settled(settings, run, clock)
+    jobs = await load_jobs(settings.postgres)
+    return await asyncio.to_thread(_check, settings, run, explain(jobs), tell, clock)
+
+
+async def _settled(settings: Settings, run: Run, clock: Clock) -> Run:
+    """The run once worker and sink have come to its end; where they do not within a moment, what is missing counts as pending."""
+    until_us = clock.monotonic_us() + int(_WAIT_S * 1e6)
+    while clock.monotonic_us() < until_us:
+        done = await asyncio.to_thread(worker_offsets, settings)
+        stored = (await asyncio.to_thread(committed_offsets, settings.kafka, SINK_GROUP, ["bars"]))["bars"]
+        behind = [p for p, end in run.end["trades"].items() if done[p][0] + 1 < end and run.start["trades"][p] < end]
+        unstored = [p for p, end in run.end["bars"].items() if stored[p] < max(end, done[p][1] if run.state == "running" else 0)]
+        if not behind and not unstored:
+            break
+        if run.state != "running" and not _moves(settings):
+            break
+        await clock.sleep(_POLL_S)
+    if run.state != "running":
+        return run
+    # the bars of its last trades came after we looked
+    _, high = await asyncio.to_thread(offsets.bounds, settings.kafka, ["bars"])
+    return replace(run, end={**run.end, "bars": high["bars"]})
+
+
+def _moves(settings: Settings) -> bool:
+    """Whether a worker may still be at work on what an ended run left: some stack runs on these topics."""
+    from infra.stack.supervisor import read_state
+
+    return read_state(settings.data_dir) is not None
+
+
+def _check(settings: Settings, run: Run, reason: Callable[[RowKey], str | None], tell: Tell, clock: Clock) -> Report:
+    started_us = clock.monotonic_us()
+    low, high = offsets.bounds(settings.kafka, TOPICS_OF_A_RUN)
+    ours = run.worker_settings()
+    config = bar_config(load_settings({}, overrides=ours))
+    findings: list[Findings] = []
+    stores: list[StoreFindings] = []
+    replayed: dict[int, tuple[int, int, int]] = {}
+    lost = done = 0
+    total = sum(max(end - low["trades"][partition], 0) for partition, end in run.end["trades"].items())
+    stored = committed_offsets(settings.kafka, SINK_GROUP, ["bars"])["bars"]
+    with RegistryClient.from_settings(settings) as registry, ExitStack() as stack:
+        client = connect(settings.clickhouse)
+        stack.callback(client.close)
+        codecs = bar_codecs(registry)
+        for partition, stop in sorted(run.end["trades"].items()):
+            begin = max(low["bars"][partition], run.start["bars"][partition])
+            live = stack.enter_context(_Reader(settings, "bars", partition, begin, high["bars"][partition]))
+            first = max(low["trades"][partition], run.start["trades"][partition])
+            if low["bars"][partition] > run.start["bars"][partition]:
+                first = max(first, _first_input(settings, registry, partition, begin, high["bars"][partition]))
+            first = min(first, stop)
+            lost += first - min(run.start["trades"][partition], first)
+            store = StoreComparison(client, partition, stored[partition], run.end["bars"][partition])
+            comparison = Comparison(
+                BarShard(partition, config, codecs),
+                codecs,
+                iter(live),
+                first=first,
+                stop=stop,
+                whole=low["trades"][partition] == 0,
+                bars_stop=run.end["bars"][partition],
+                explain_repair=reason,
+                on_live=store.take,
+            )
+            replayed[partition] = (low["trades"][partition], first, stop)
+            taken = low["trades"][partition]
+            with _Reader(settings, "trades", partition, taken, stop) as trades:
+                for record in trades:
+                    taken = record.offset + 1
+                    done += 1
+                    if not comparison.take(record):
+                        break
+                    if done % _BATCH == 0:
+                        tell(done, total, comparison.findings.trades + sum(part.trades for part in findings))
+            findings.append(comparison.finish(pending=max(stop - max(taken, first), 0)))
+            stores.append(store.flush())
+    return Report(
+        run=run,
+        findings=findings,
+        store=stores,
+        settings=ours,
+        replayed=replayed,
+        not_retained=lost,
+        seconds=(clock.monotonic_us() - started_us) / 1e6,
+        finished_us=clock.now_us(),
+    )
+
+
+def _first_input(settings: Settings, registry: RegistryClient, partition: int, begin: int, stop: int) -> int:
+    """Offset of the trades that the first worker record from ``begin`` on was made of."""
+    codec = registry.frame_codec("bars")
+    with _Reader(settings, "bars", partition, begin, stop) as records:
+        for record in records:
+            input_offset = decode_learning(codec, record.value, registry.schema).input_offset
+            if input_offset >= 0:
+                return input_offset
+    return 0
+
+
+class _Reader:
+    """The records ``[begin, stop)`` of one partition, in order; a context manager. Holds 32 MiB of them at most."""
+
+    def __init__(self, settings: Settings, topic: str, partition: int, begin: int, stop: int) -> None:
+        self._settings = settings.kafka
+        self._place = TopicPartition(TOPICS[topic].full_name(settings.kafka.topic_prefix), partition, begin)
+        self._stop = stop
+        self._consumer: Any = None
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._consumer is not None:
+            self._consumer.close()
+
+    def __iter__(self) -> Iterator[Record]:
+        position = self._place.offset
+        if position >= self._stop:
+            return
+        self._consumer = Consumer(consumer_config(self._settings, "parity", **{"check.crcs": True, "auto.offset.reset": "error"}))
+        try:
+            self._consumer.assign([self._place])
+            while position < self._stop:
+                messages = self._consumer.consume(min(_BATCH, self._stop - position), timeout=_TIMEOUT_S)
+                if not messages:
+                    raise UnreachableError(
+                        f"Kafka gave no record of {self._place.topic}[{self._place.partition}] from offset {position} on."
+                    )
+                for message in messages:
+                    if message.error() is not None:
+                        raise KafkaException(message.error())
+                    if message.offset() >= self._stop:
+                        return
+                    position = message.offset() + 1
+                    yield Record(message.offset(), message.timestamp()[1], message.value() or b"")
+        except KafkaException as exc:
+            raise unreachable(self._settings, exc) from exc

@@ -1,0 +1,338 @@
+"""The comparison of one partition: its trades and its bars in, in order; equal, explained and unexplained rows out.
+
+The trades run through the very ``streams.bar_shard.BarShard`` the worker runs; each bars record it makes is held against the record the live
+run published for the same input offset, byte for byte, and row by row where the bytes differ. Pure: no Kafka, no clock; memory is that of
+the shard and of a few thousand hashes, whatever the length of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from infra.parity_rows import Difference, RowKey, compare_rows, head_difference, row_keys
+from schemas.codec import decode_learning
+from schemas.errors import DecodeError
+from schemas.frames import Frame
+from streams.bar_shard import BarCodecs, BarShard
+
+NOT_RETAINED: Final = "not retained: the bar or its symbol began before the first trade the topic still holds"
+SENT_TWICE: Final = "sent twice: the same bytes for the same trades, after a lost acknowledgement"
+OTHER_SCHEMA: Final = "same rows, written with the schema of another release"
+MOST_DIFFERENCES: Final = 50
+"""Differing rows that are kept to be shown; all are counted."""
+STRIP_CELLS: Final = 240
+_REMEMBERED: Final = 8_192
+"""Records whose hash is kept to recognise one that was sent twice: a producer has at most a few thousand under way."""
+
+
+class Record(NamedTuple):
+    """One Kafka record."""
+
+    offset: int
+    timestamp_ms: int
+    value: bytes
+
+
+class LiveRecord(NamedTuple):
+    """One record of ``bars``, decoded."""
+
+    offset: int
+    timestamp_ms: int
+    value: bytes
+    frame: Frame
+
+
+@dataclass(kw_only=True, slots=True)
+class Findings:
+    """What the comparison of a partition came to. Rows are rows of bars frames: final bars, revisions and updates of open bars."""
+
+    partition: int
+    trades_records: int = 0
+    """Records of trades that were run through the shard."""
+    trades: int = 0
+    """Trades in them that were accepted."""
+    records: int = 0
+    """Records of bars the run published for its trades."""
+    identical_records: int = 0
+    """Of these, equal to the replay's byte for byte."""
+    rows: int = 0
+    """Rows compared: everything in the run's records or in the replay's."""
+    equal: int = 0
+    explained: Counter[str] = field(default_factory=Counter)
+    """Reason -> rows."""
+    unexplained: int = 0
+    """Rows and records that nothing explains."""
+    pending: int = 0
+    """Trades records that the run had not yet turned into bars."""
+    differences: list[Difference] = field(default_factory=list)
+    by_timeframe: dict[int, Counter[str]] = field(default_factory=dict)
+    """Timeframe in seconds -> ``equal | explained | unexplained`` -> rows."""
+    strip: list[list[int]] = field(default_factory=lambda: [[0, 0, 0] for _ in range(STRIP_CELLS)])
+    """(equal, explained, unexplained) rows along the run's trades."""
+    inputs_sha256: str = ""
+    """Of the values of all trades records replayed."""
+    run_sha256: str = ""
+    """Of the values of the run's bars records, without those of the repair and those sent twice."""
+    replay_sha256: str = ""
+    """Of the values of the records the replay made instead."""
+
+
+class Comparison:
+    """Holds a partition's replay against its live run.
+
+    Args:
+        shard: a fresh one; its state comes from the trades alone.
+        codecs: the shard's own.
+        live: records of ``bars`` from the run's first one on, in order.
+        first, stop: offsets of the run's trades, ``[first, stop)``.
+        whole: the topic still holds the partition's first trade, so the state is that of the run.
+        bars_stop: offset after the run's last bars record; repairs published later are no part of it.
+        explain_repair: the reason of a row the repair published, None when nothing explains it.
+        on_live: told every live record once, in order (None: an undecodable one is no frame).
+    """
+
+    def __init__(
+        self,
+        shard: BarShard,
+        codecs: BarCodecs,
+        live: Iterator[Record],
+        *,
+        first: int,
+        stop: int,
+        whole: bool,
+        bars_stop: int,
+        explain_repair: Callable[[RowKey], str | None],
+        on_live: Callable[[LiveRecord], None] = lambda _: None,
+    ) -> None:
+        self.findings = Findings(partition=shard.partition)
+        self._shard = shard
+        self._codecs = codecs
+        self._live = live
+        self._first, self._stop = first, stop
+        self._whole = whole
+        self._bars_stop = bars_stop
+        self._explain_repair = explain_repair
+        self._on_live = on_live
+        self._next: LiveRecord | None = None
+        self._ended = False
+        self._began_us: dict[str, int] = {}
+        self._sent: OrderedDict[int, bytes] = OrderedDict()
+        self._inputs, self._run, self._replay = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+
+    def take(self, record: Record) -> bool:
+        """Replay one trades record and compare what follows; False when the run published nothing for it or for later ones."""
+        found = self.findings
+        self._inputs.update(record.value)
+        if not self._whole:
+            self._note_beginnings(record.value)
+        made = self._shard.process(record.offset, record.value)
+        found.trades_records += 1
+        found.trades = self._shard.trade_count
+        if record.offset < self._first:
+            return True
+        value = next(out.value for out in made if out.topic == "bars")
+        self._skip_to(record.offset)
+        live = self._next
+        if live is None:
+            found.pending += 1
+            return False
+        if live.frame.input_offset > record.offset:
+            self._missing(record.offset, value)
+            return True
+        self._compare(live, value)
+        self._advance()
+        return True
+
+    def finish(self, pending: int = 0) -> Findings:
+        """Take what the run published behind its last trades (repairs) and close the account; ``pending`` trades records were not taken."""
+        self._skip_to(self._stop)
+        self.findings.pending += pending
+        self.findings.inputs_sha256 = self._inputs.hexdigest()
+        self.findings.run_sha256 = self._run.hexdigest()
+        self.findings.replay_sha256 = self._replay.hexdigest()
+        return self.findings
+
+    # -- the run's records
+
+    def _skip_to(self, input_offset: int) -> None:
+        """Take live records until one that belongs to ``input_offset`` or later trades is next."""
+        if self._next is None and not self._ended:
+            self._advance()
+        while self._next is not None and self._next.frame.input_offset < input_offset:
+            live = self._next
+            if live.frame.input_offset < 0:
+                if live.offset < self._bars_stop:
+                    self._repaired(live)
+            elif live.frame.input_offset >= self._first:
+                self._again(live)
+            self._advance()
+
+    def _advance(self) -> None:
+        self._next = None
+        for record in self._live:
+            try:
+                frame = decode_learning(self._codecs.bars, record.value, self._codecs.fetch_schema)
+            except DecodeError as exc:
+                self._differ(
+                    Difference(what=f"cannot be read: {exc}", partition=self._partition, bars_offset=record.offset, input_offset=-1)
+                )
+                continue
+            self._next = LiveRecord(record.offset, record.timestamp_ms, record.value, frame)
+            self._on_live(self._next)
+            return
+        self._ended = True
+
+    def _repaired(self, live: LiveRecord) -> None:
+        for key in row_keys(live.frame):
+            reason = self._explain_repair(key)
+            if reason is not None:
+                self._count(reason, key.timeframe_s)
+                continue
+            self._count("", key.timeframe_s)
+            what = "was published by the repair, and no repair or gap of the ledger explains it"
+            self._keep(Difference(what=what, partition=self._partition, bars_offset=live.offset, input_offset=-1, key=key))
+
+    def _again(self, live: LiveRecord) -> None:
+        known = self._sent.get(live.frame.input_offset)
+        if known is None:
+            what = f"came again for trades at {live.frame.input_offset}, long after its time"
+        elif known == hashlib.sha256(live.value).digest():
+            for key in row_keys(live.frame):
+                self._count(SENT_TWICE, key.timeframe_s)
+            return
+        else:
+            what = f"came again for trades at {live.frame.input_offset}, with other bytes"
+        place = live.frame.input_offset
+        self._differ(Difference(what=what, partition=self._partition, bars_offset=live.offset, input_offset=place))
+
+    # -- against the replay's
+
+    def _compare(self, live: LiveRecord, value: bytes) -> None:
+        found, place = self.findings, live.frame.input_offset
+        found.records += 1
+        self._run.update(live.value)
+        self._replay.update(value)
+        self._sent[place] = hashlib.sha256(live.value).digest()
+        if len(self._sent) > _REMEMBERED:
+            self._sent.popitem(last=False)
+        if live.value == value:
+            found.identical_records += 1
+            self._count_equal(live.frame, place)
+            return
+        again = decode_learning(self._codecs.bars, value, self._codecs.fetch_schema)
+        unequal = compare_rows(live.frame, again)
+        head = head_difference(live.frame, again)
+        if not unequal and not head and live.value[:5] != value[:5]:
+            for key in row_keys(live.frame):
+                self._count(OTHER_SCHEMA, key.timeframe_s, place)
+            return
+        wrong = {key for key, _, _ in unequal}
+        for key in row_keys(live.frame):
+            if key not in wrong:
+                self._count("equal", key.timeframe_s, place)
+        for key, what, columns in unequal:
+            if not self._whole and self._began_before(key):
+                self._count(NOT_RETAINED, key.timeframe_s, place)
+                continue
+            self._count("", key.timeframe_s, place)
+            self._keep(
+                Difference(what=what, partition=self._partition, bars_offset=live.offset, input_offset=place, key=key, columns=columns)
+            )
+        if self._whole and not unequal:
+            what = f"the same rows in another order or with another head ({head})" if head else "the same rows in another order"
+            self._differ(Difference(what=what, partition=self._partition, bars_offset=live.offset, input_offset=place))
+
+    def _missing(self, input_offset: int, value: bytes) -> None:
+        """The run went on without publishing anything for these trades."""
+        again = decode_learning(self._codecs.bars, value, self._codecs.fetch_schema)
+        keys = list(row_keys(again))
+        for key in keys:
+            self._count("", key.timeframe_s, input_offset)
+            self._keep(Difference(what="not in the run", partition=self._partition, bars_offset=-1, input_offset=input_offset, key=key))
+        if not keys:
+            what = "the run published no record for these trades"
+            self._differ(Difference(what=what, partition=self._partition, bars_offset=-1, input_offset=input_offset))
+
+    # -- the account
+
+    @property
+    def _partition(self) -> int:
+        return self._shard.partition
+
+    def _count_equal(self, frame: Frame, place: int) -> None:
+        if not frame.row_count:
+            return
+        self.findings.rows += frame.row_count
+        self.findings.equal += frame.row_count
+        seconds, counts = np.unique(frame.columns["timeframe_s"], return_counts=True)
+        for timeframe_s, count in zip(seconds.tolist(), counts.tolist(), strict=True):
+            self.findings.by_timeframe.setdefault(timeframe_s, Counter())["equal"] += count
+        self._cell(place)[0] += frame.row_count
+
+    def _count(self, reason: str, timeframe_s: int, place: int = -1) -> None:
+        """One row: ``equal``, a reason, or '' for an unexplained one."""
+        found = self.findings
+        found.rows += 1
+        word = "equal" if reason == "equal" else "explained" if reason else "unexplained"
+        found.by_timeframe.setdefault(timeframe_s, Counter())[word] += 1
+        if place >= 0:
+            self._cell(place)[("equal", "explained", "unexplained").index(word)] += 1
+        if word == "equal":
+            found.equal += 1
+        elif word == "explained":
+            found.explained[reason] += 1
+        else:
+            found.unexplained += 1
+
+    def _cell(self, place: int) -> list[int]:
+        return self.findings.strip[min((place - self._first) * STRIP_CELLS // max(self._stop - self._first, 1), STRIP_CELLS - 1)]
+
+    def _differ(self, difference: Difference) -> None:
+        """Something about a whole record, which is no row of its own."""
+        self.findings.unexplained += 1
+        if difference.input_offset >= self._first:
+            self._cell(difference.input_offset)[2] += 1
+        self._keep(difference)
+
+    def _keep(self, difference: Difference) -> None:
+        if len(self.findings.differences) < MOST_DIFFERENCES:
+            self.findings.differences.append(difference)
+
+    # -- what the topic no longer tells
+
+    def _note_beginnings(self, value: bytes) -> None:
+        try:
+            frame = decode_learning(self._codecs.trades, value, self._codecs.fetch_schema)
+        except DecodeError:
+            return  # the shard dead-letters it
+        for code, instrument in enumerate(frame.symbols):
+            if instrument not in self._began_us:
+                times = frame.columns["exchange_time_us"][frame.columns["symbol_code"] == code]
+                if len(times):
+                    self._began_us[instrument] = int(times.min())
+
+    def _began_before(self, key: RowKey) -> bool:
+        began_us = self._began_us.get(key.instrument)
+        width_us = key.timeframe_s * 1_000_000
+        return began_us is None or key.open_time_us < -(-began_us // width_us) * width_us
+
+
+def merge(parts: list[Findings]) -> dict[str, Any]:
+    """The sums over all partitions."""
+    explained: Counter[str] = Counter()
+    by_timeframe: dict[int, Counter[str]] = {}
+    for part in parts:
+        explained.update(part.explained)
+        for seconds, counts in part.by_timeframe.items():
+            by_timeframe.setdefault(seconds, Counter()).update(counts)
+    names = ("trades_records", "trades", "records", "identical_records", "rows", "equal", "unexplained", "pending")
+    return {name: sum(getattr(part, name) for part in parts) for name in names} | {
+        "explained": dict(explained),
+        "by_timeframe": {seconds: dict(by_timeframe[seconds]) for seconds in sorted(by_timeframe)},
+    }
