@@ -232,7 +232,7 @@ class Spool:
         if position >= self.tail:
             return []
         start, end = next((start, end) for start, end in self._segments if start <= position < end)
-        size = min(max_bytes, end - position)
+        size = min(max(max_bytes, _FRAME.size), end - position)
         data = self._files.read(_name(start), position - start, size)
         found = decode(data)
         if not found and len(data) >= _FRAME.size:  # one record is larger than that
