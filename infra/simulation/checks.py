@@ -1,0 +1,251 @@
+"""What must hold at the end of every simulated world, and how far each component has come on the way.
+
+The truth is what the market traded. Violations are sentences that name the invariant, the instrument and the first difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from infra.simulation.components import EXCHANGE, SINK_GROUP, describe, emitted_offset, frame_codec
+from processors.bars import build
+from schemas.partitions import partition_of
+from schemas.timeframes import timeframe_seconds
+
+if TYPE_CHECKING:
+    from infra.simulation.world import World
+
+Columns = dict[str, npt.NDArray[Any]]
+_TRADE: tuple[str, ...] = ("trade_id", "price", "size", "side", "exchange_time_us")
+_BAR: tuple[str, ...] = (
+    "open_time_us", "close_time_us", "open", "high", "low", "close", "volume", "quote_volume", "buy_volume", "trade_count", "vwap",
+    "first_trade_id", "last_trade_id",
+)  # fmt: skip
+
+
+def violations(world: World) -> list[str]:
+    """Every invariant that does not hold; [] when all do."""
+    found: list[str] = []
+    found += [f"process: {line}" for line in world.exits]
+    found += [f"unhandled: {line}" for line in world.loop.failures]
+    found += [f"not settled: {line}" for line in lagging(world)]
+    for symbol in world.symbols():
+        found += _trades(world, symbol)
+        found += _bars(world, symbol)
+    for partition in range(world.broker.partitions):
+        found += _one_to_one(world, partition)
+    found += _client(world)
+    found += [f"dead letter: {describe(value)}" for value in world.broker.values("deadletter", 0)]
+    return found
+
+
+def truth(world: World, symbol: str) -> Columns:
+    """What the market traded of a symbol."""
+    return world.exchange.truth(symbol.replace("-", ""))
+
+
+def _key(symbol: str) -> str:
+    return f"{EXCHANGE}:{symbol}"
+
+
+def stored_trades(world: World, symbol: str) -> Columns:
+    """The stored trades of a symbol, by id."""
+    rows = world.store.rows("trades", _key(symbol))
+    order = np.argsort(rows["trade_id"], kind="stable")
+    return {name: rows[name][order] for name in _TRADE}
+
+
+def _trades(world: World, symbol: str) -> list[str]:
+    """Every trade of the truth is stored once, as it was."""
+    wanted, stored = truth(world, symbol), stored_trades(world, symbol)
+    ids, held = wanted["trade_id"], stored["trade_id"]
+    doubled = np.unique(held[1:][held[1:] == held[:-1]])
+    missing = np.setdiff1d(ids, held)
+    invented = np.setdiff1d(held, ids)
+    found = []
+    for what, rows in (("doubled", doubled), ("lost", missing), ("invented", invented)):
+        if len(rows):
+            found.append(f"trades {what}: {symbol} {len(rows)} of {len(ids)}, first {rows[:3].tolist()}")
+    if not found:
+        found += [f"trades differ: {symbol} column {name}" for name in _TRADE if not np.array_equal(wanted[name], stored[name])]
+    return found
+
+
+def newest_bars(world: World, symbol: str, timeframe: str) -> Columns:
+    """The newest revision of each stored bar, by open time."""
+    rows = world.store.rows("bars", _key(symbol))
+    mine = rows["timeframe_s"] == timeframe_seconds(timeframe)
+    order = np.lexsort((rows["revision"][mine], rows["open_time_us"][mine]))
+    bars = {name: column[mine][order] for name, column in rows.items()}
+    opens = bars["open_time_us"]
+    last = np.append(opens[1:] != opens[:-1], True) if len(opens) else np.empty(0, np.bool_)
+    return {name: column[last] for name, column in bars.items()}
+
+
+def _bars(world: World, symbol: str) -> list[str]:
+    """Stored bars equal those built of the truth in one go, as far as the truth has closed them."""
+    trades = truth(world, symbol)
+    if not len(trades["trade_id"]):
+        return []
+    frame = pl.DataFrame({"exchange": EXCHANGE, "symbol": symbol, **{name: trades[name] for name in _TRADE}} | {})
+    found = []
+    timeframes = world.scenario.tuning.timeframes
+    built = build(frame, list(timeframes))
+    for timeframe in timeframes:
+        wanted = _columns(built.filter(pl.col("timeframe") == timeframe)[:-1])  # the last one is open in the truth
+        have = newest_bars(world, symbol, timeframe)
+        opens, held = wanted["open_time_us"], have["open_time_us"]
+        rows = world.store.rows("bars", _key(symbol))
+        pairs = np.stack([rows[name].astype(np.int64) for name in ("timeframe_s", "open_time_us", "revision")], axis=1)
+        if len(np.unique(pairs, axis=0)) != len(pairs):
+            found.append(f"bars doubled: {symbol} {timeframe}")
+        missing = np.setdiff1d(opens, held)
+        if len(missing):
+            found.append(f"bars missing: {symbol} {timeframe} {len(missing)} of {len(opens)}, first {missing[:3].tolist()}")
+            continue
+        mine = np.isin(held, opens)
+        for name in _BAR:
+            if not np.array_equal(wanted[name], have[name][mine]):
+                place = np.flatnonzero(wanted[name] != have[name][mine])[:1]
+                found.append(f"bars differ: {symbol} {timeframe} column {name} at {opens[place].tolist()}")
+                break
+    return found
+
+
+def _columns(built: pl.DataFrame) -> Columns:
+    times = {f"{name}_us": built[name].dt.epoch("us").to_numpy() for name in ("open_time", "close_time")}
+    return times | {name: built[name].to_numpy() for name in _BAR if name not in times}
+
+
+def _one_to_one(world: World, partition: int) -> list[str]:
+    """Every trades record has exactly one bars record, in order."""
+    offsets = [frame_codec("bars").decode(value).input_offset for value in world.broker.values("bars", partition)]
+    offsets = [offset for offset in offsets if offset >= 0]
+    wanted = list(range(world.broker.end("trades", partition)))
+    if offsets == wanted:
+        return []
+    odd = next(
+        (place for place, (have, want) in enumerate(zip(offsets, wanted, strict=False)) if have != want), min(len(offsets), len(wanted))
+    )
+    return [
+        f"bars frames are not one to one: partition {partition} has {len(offsets)} for {len(wanted)} trades records, first odd at {odd}: "
+        f"{offsets[odd : odd + 3]}"
+    ]
+
+
+def _topic_rows(world: World, channel: str, symbol: str, timeframe: str) -> list[tuple[int, int]]:
+    """(key, revision) of what a subscriber must have got: the topic's rows in order, each once."""
+    key = _key(symbol)
+    found: dict[tuple[int, int], None] = {}
+    for value in world.broker.values(channel, partition_of(key, world.broker.partitions)):
+        frame = frame_codec(channel).decode(value)
+        if key not in frame.symbols or not frame.row_count:
+            continue
+        columns = frame.columns
+        mine = columns["symbol_code"] == frame.symbols.index(key)
+        if channel == "trades":
+            for trade_id in columns["trade_id"][mine].tolist():
+                found.setdefault((trade_id, 0))
+            continue
+        mine &= (columns["is_final"] == 1) & (columns["timeframe_s"] == timeframe_seconds(timeframe))
+        for open_time_us, revision in zip(columns["open_time_us"][mine].tolist(), columns["revision"][mine].tolist(), strict=True):
+            found.setdefault((open_time_us, revision))
+    return list(found)
+
+
+def _client(world: World) -> list[str]:
+    """The subscriber got every row once, in the order of the topic, over all its reconnects."""
+    found = []
+    for (channel, exchange, symbol, timeframe), state in world.subscriber.received.items():
+        name = f"{channel} {exchange}:{symbol} {timeframe}".strip()
+        found += [f"client: {name} was reset: {reason}" for reason in state.resets]
+        found += [f"client: {name} was refused: {reason}" for reason in state.errors]
+        wanted, got = _topic_rows(world, channel, symbol, timeframe), state.rows
+        if got == wanted:
+            continue
+        if len(set(got)) != len(got):
+            found.append(f"client: {name} got {len(got) - len(set(got))} rows twice")
+        elif missing := [row for row in wanted if row not in set(got)]:
+            found.append(f"client: {name} lacks {len(missing)} of {len(wanted)} rows, first {missing[0]}")
+        else:
+            found.append(f"client: {name} got its rows in another order or too many")
+    return found
+
+
+def lagging(world: World) -> list[str]:
+    """What has not caught up."""
+    found = []
+    broker = world.broker
+    for partition in range(broker.partitions):
+        end = broker.end("trades", partition)
+        emitted = emitted_offset(broker, partition)
+        if emitted < end - 1:
+            found.append(f"worker: partition {partition} is at {emitted} of {end - 1}")
+        for topic in ("trades", "bars"):
+            committed = broker.committed.get((SINK_GROUP, topic, partition), 0)
+            if broker.end(topic, partition) - committed > 8:
+                found.append(f"sink: {topic}/{partition} is at {committed} of {broker.end(topic, partition)}")
+    return [line for line in found if not line.startswith("worker") or not _close(world, line)]
+
+
+def _close(world: World, line: str) -> bool:
+    """Heartbeats go on for ever: the newest few records are on their way."""
+    words = line.split()
+    return int(words[-1]) - int(words[-3]) <= 4
+
+
+def caught_up(world: World, name: str) -> Callable[[], bool]:
+    """Whether a component has caught up with what there is at the time of this call."""
+    broker = world.broker
+    partitions = range(broker.partitions)
+    if name == "worker":
+        ends = [broker.end("trades", partition) for partition in partitions]
+        return lambda: broker.up and all(emitted_offset(broker, partition) >= ends[partition] - 1 for partition in partitions)
+    if name == "sink":
+        wanted = {(topic, p): broker.end(topic, p) for topic in ("trades", "bars") for p in partitions}
+        return lambda: all(broker.committed.get((SINK_GROUP, *place), 0) >= end for place, end in wanted.items())
+    if name == "broker":
+        ends = [broker.end("trades", partition) for partition in partitions]
+        return lambda: all(broker.end("trades", partition) > ends[partition] for partition in partitions)
+    if name == "api":
+        return lambda: len(world.subscriber.confirmed) == len(world.subscriber.received)
+    before = {symbol: int(max(truth(world, symbol)["trade_id"], default=-1)) for symbol in world.symbols()}
+    return lambda: all(_published(world, symbol) >= newest for symbol, newest in before.items())
+
+
+def _published(world: World, symbol: str) -> int:
+    """Newest trade id in the topic."""
+    key = _key(symbol)
+    partition = partition_of(key, world.broker.partitions)
+    log = world.broker.logs[("trades", partition)]
+    for offset in range(log.synced - 1, max(-1, log.synced - 200), -1):
+        frame = frame_codec("trades").decode(log.records[offset].value)
+        if key in frame.symbols and frame.row_count:
+            return int(frame.columns["trade_id"][frame.columns["symbol_code"] == frame.symbols.index(key)].max())
+    return -1
+
+
+def table_hashes(world: World) -> dict[str, str]:
+    """SHA-256 of each table's content: the same for a disturbed and an undisturbed world of one market."""
+    found = {}
+    digest = hashlib.sha256()
+    for symbol in world.symbols():
+        for name, column in stored_trades(world, symbol).items():
+            digest.update(name.encode() + np.ascontiguousarray(column).tobytes())
+    found["trades"] = digest.hexdigest()
+    digest = hashlib.sha256()
+    for symbol in world.symbols():
+        end_us = int(max(truth(world, symbol)["exchange_time_us"], default=0))
+        for timeframe in world.scenario.tuning.timeframes:
+            bars = newest_bars(world, symbol, timeframe)
+            closed = bars["close_time_us"] <= end_us
+            for name in _BAR:
+                digest.update(name.encode() + np.ascontiguousarray(bars[name][closed]).tobytes())
+    found["bars"] = digest.hexdigest()
+    return found

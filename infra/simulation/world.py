@@ -1,0 +1,392 @@
+"""The simulated world: an exchange with a known truth, the real components, a network and stores that fail, all from one seed.
+
+Comes in: a :class:`Scenario`. Goes out: a :class:`Result` with the trace hash, how fast it went, what was killed and which invariants do
+not hold. The same scenario gives the same trace, in any process on any machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import random as global_random
+import secrets
+from collections.abc import Callable, Coroutine, Iterator
+from contextvars import copy_context
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any, Final
+
+from collectors.simulated.config import ServerConfig
+from collectors.simulated.exchange import ExchangeConfig
+from collectors.simulated.regimes import MarketConfig
+from collectors.simulated.server import SimulatedExchange, serve
+from infra.seam import SystemClock
+from infra.simulation import checks
+from infra.simulation.broker import SimBroker
+from infra.simulation.client import Series, Subscriber
+from infra.simulation.components import EXCHANGE, EXCHANGE_PLACE, Outside, Tuning, run_api, run_collector, run_sink, run_worker
+from infra.simulation.loop import Process, SimClock, VirtualLoop
+from infra.simulation.network import MemoryTransport, Network
+from infra.simulation.store import SimStore
+from infra.simulation.trace import Trace
+
+START_US: Final = 1_767_225_600_000_000
+"""2026-01-01 00:00 UTC, moved by up to a minute per seed."""
+COMPONENTS: Final = ("collector", "broker", "worker", "sink", "api")
+_MAINS: Final[dict[str, Callable[[Outside], Coroutine[Any, Any, None]]]] = {
+    "collector": run_collector,
+    "worker": run_worker,
+    "sink": run_sink,
+    "api": run_api,
+}
+_WARM_S: Final = 4.0
+"""Trading without faults before them, so that every symbol has traded: a feed that never gave a trade has no past to compare with."""
+_SETTLE_S: Final = 14.0
+"""After the last trade: holds are over (10 s), gaps are filled, everything is stored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scenario:
+    """One world, wholly."""
+
+    seed: int
+    duration_s: float = 40.0
+    """Trading time after the warm-up."""
+    kills: int = 4
+    """Kill points, spread over ``targets``."""
+    targets: tuple[str, ...] = COMPONENTS
+    faults: bool = True
+    """Whether the network, the exchange, the broker and the store misbehave besides."""
+    tuning: Tuning = field(default_factory=Tuning)
+
+
+@dataclass(kw_only=True, slots=True)
+class Result:
+    """What a world came to."""
+
+    seed: int
+    digest: str
+    violations: list[str]
+    virtual_s: float
+    wall_s: float
+    steps: int
+    trades: int
+    kills: dict[str, int]
+    recovery_s: dict[str, list[float]]
+    """Per component and kill: virtual seconds from its restart until it had caught up with what there was then."""
+    tables: dict[str, str] = field(default_factory=dict)
+    """Table -> SHA-256 of what it holds, apart from when and where it was received."""
+
+    @property
+    def speed(self) -> float:
+        """Virtual seconds a second."""
+        return self.virtual_s / self.wall_s if self.wall_s else 0.0
+
+
+class World:
+    """One run.
+
+    Args:
+        scenario: what happens.
+        tell: gets a line for each event.
+    """
+
+    def __init__(self, scenario: Scenario, tell: Callable[[str], None] | None = None) -> None:
+        self.scenario = scenario
+        seed = scenario.seed
+        self.random = Random(f"{seed}/world")
+        self.loop = VirtualLoop(seed, START_US + self.random.randrange(60_000) * 1_000)
+        self.trace = Trace(self.loop, tell)
+        self.network = Network(self.loop, Random(f"{seed}/network"))
+        self.network.on_data = self._on_data
+        tuning = scenario.tuning
+        self.broker = SimBroker(self.loop, Random(f"{seed}/broker"), self.trace, tuning.partitions)
+        self.store = SimStore(Random(f"{seed}/store"), self.trace, tuning.partitions)
+        self.outside = Outside(self.loop, self.broker, self.store, self.trace, tuning, seed)
+        self.exchange: SimulatedExchange
+        self.subscriber: Subscriber
+        self.processes: dict[str, Process] = {}
+        self.dead: list[Process] = []
+        self.kills: dict[str, int] = {}
+        self.recovery_s: dict[str, list[float]] = {}
+        self.exits: list[str] = []
+        self.over = False
+        self._context = copy_context()
+        self._recovering: dict[str, tuple[float, Callable[[], bool]]] = {}
+
+    # -- running
+
+    def run(self) -> Result:
+        """Run it to its end and check what is left."""
+        clock = SystemClock()
+        started_us = clock.monotonic_us()
+        with _calm(self.scenario.seed):
+            try:
+                self.loop.run(self._live())
+                violations = checks.violations(self)
+                tables = checks.table_hashes(self)
+            finally:
+                self._close()
+        wall_s = (clock.monotonic_us() - started_us) / 1e6
+        return Result(
+            seed=self.scenario.seed,
+            digest=self.trace.digest(),
+            violations=violations,
+            virtual_s=self.loop.time(),
+            wall_s=wall_s,
+            steps=self.loop.steps,
+            trades=self.store.row_count("trades"),
+            kills=dict(self.kills),
+            recovery_s={name: list(values) for name, values in self.recovery_s.items()},
+            tables=tables,
+        )
+
+    async def _live(self) -> None:
+        scenario = self.scenario
+        await self._open_exchange()
+        for name in _MAINS:
+            self.start(name)
+        self._open_client()
+        await self._until(self._ready, 30.0)
+        market = self.exchange
+        market.set_rate(scenario.tuning.rate)
+        await asyncio.sleep(_WARM_S)
+        faults = asyncio.ensure_future(self._misfortunes())
+        await asyncio.sleep(scenario.duration_s)
+        await faults
+        self._calm_down()
+        await asyncio.sleep(2.0)
+        market.set_rate(0.0)
+        await asyncio.sleep(_SETTLE_S)
+        await self._until(self._settled, 60.0)
+        self.over = True
+
+    def _close(self) -> None:
+        for process in [*self.dead, *self.processes.values()]:
+            process.alive = False
+            self.loop.bury(process)
+        self.loop.close()
+
+    # -- processes
+
+    async def _open_exchange(self) -> None:
+        tuning = self.scenario.tuning
+        host, port = EXCHANGE_PLACE
+        spot = MarketConfig(symbols=tuning.symbols, rate=0.0, step_ms=tuning.step_ms, seed=self.scenario.seed % 2**31)
+        config = ServerConfig(exchange=ExchangeConfig(spot=spot, history=50_000, kline_minutes=2, warmup_s=0.0), host=host, port=port)
+        process = self.processes["exchange"] = Process("exchange")
+        opened = self.loop.create_future()
+
+        async def work() -> None:
+            async with serve(config, SimClock(self.loop, f"{self.scenario.seed}/exchange")) as exchange:
+                opened.set_result(exchange)
+                await self.loop.create_future()
+
+        self.loop.spawn(process, work())
+        self.exchange = await opened
+
+    def _open_client(self) -> None:
+        symbols = self.symbols()
+        wanted: list[Series] = [("trades", EXCHANGE, symbol, "") for symbol in symbols]
+        wanted += [("bars", EXCHANGE, symbol, self.scenario.tuning.timeframes[0]) for symbol in symbols]
+        process = self.processes["client"] = Process("client")
+        self.subscriber = Subscriber(self.outside, wanted)
+        self.loop.spawn(process, self.subscriber.run())
+
+    def symbols(self) -> list[str]:
+        """Canonical names of what is traded."""
+        universe = self.exchange.exchange.venues["spot"].market.universe
+        return [f"{base}-USDT" for base in universe.bases]
+
+    def start(self, name: str) -> None:
+        """Start (again) a component."""
+        before = self.processes.get(name)
+        process = Process(name, before.generation + 1 if before else 0)
+        process.kill = self.kill
+        self.processes[name] = process
+        self.trace.note("start", process)
+        task = self.loop.spawn(process, _MAINS[name](self.outside))
+        task.add_done_callback(lambda done: self._ended(process, done))
+
+    def _ended(self, process: Process, task: asyncio.Task[None]) -> None:
+        if not process.alive:
+            return
+        error = None if task.cancelled() else task.exception()
+        self.exits.append(f"{process} ended by itself: {error!r}")
+        self.trace.note("exit", process, repr(error))
+        self.kill(process)
+
+    def kill(self, process: Process) -> None:
+        """Kill -9, and a restart some time later, as the supervisor does it."""
+        if not process.alive:
+            return
+        process.doomed_in = 0
+        self.kills[process.name] = self.kills.get(process.name, 0) + 1
+        self.trace.note("kill", process, self.loop.steps)
+        self.loop.kill(process)
+        self.dead.append(process)
+        # in the world's own context: whoever calls may be the process that dies
+        self.loop.call_later(self.random.uniform(0.2, 2.0), self._restart, process.name, context=self._context)
+
+    def _restart(self, name: str) -> None:
+        self.start(name)
+        self._watch(name)
+
+    def crash_broker(self) -> None:
+        """Kill the broker; it comes back some time later."""
+        if self.broker.up:
+            self.kills["broker"] = self.kills.get("broker", 0) + 1
+            self.broker.crash()
+            self.loop.call_later(self.random.uniform(0.2, 2.0), self._restart_broker)
+
+    def _restart_broker(self) -> None:
+        self.broker.restart()
+        self._watch("broker")
+
+    # -- misfortunes
+
+    async def _misfortunes(self) -> None:
+        """Everything that goes wrong, at moments drawn in advance."""
+        scenario, random = self.scenario, self.random
+        plan: list[tuple[float, int, Callable[[], None]]] = []
+        for number in range(scenario.kills):
+            target = random.choice(scenario.targets)
+            plan.append((random.uniform(0.0, scenario.duration_s), number, lambda target=target: self._strike(target)))  # type: ignore[misc]
+        if scenario.faults:
+            mishaps = range(1_000, 1_000 + max(1, int(scenario.duration_s / 6)))
+            plan += [(random.uniform(0.0, scenario.duration_s), number, self._mishap) for number in mishaps]
+        start = self.loop.time()
+        for moment, _, act in sorted(plan, key=lambda entry: entry[:2]):
+            await asyncio.sleep(max(0.0, start + moment - self.loop.time()))
+            act()
+
+    def _strike(self, target: str) -> None:
+        """Kill a component between two of the next steps, or inside one of its next calls to the outside world."""
+        random = self.random
+        if target == "broker":
+            self._ambush(self.crash_broker)
+            return
+        process = self.processes[target]
+        if target != "api" and random.random() < 0.5:
+            process.doomed_in = random.randint(1, 12)
+            self.loop.call_later(2.0, self._ambush, lambda: self.kill(process))
+        else:
+            self._ambush(lambda: self.kill(self.processes[target]))
+
+    def _ambush(self, act: Callable[[], None]) -> None:
+        if self.over:
+            return
+        if self.loop.ambush_step > self.loop.steps:  # one at a time: the other one strikes a little later
+            self.loop.call_later(0.3, self._ambush, act)
+            return
+        self.loop.ambush_step = self.loop.steps + self.random.randint(1, 80)
+        self.loop.ambush = act
+
+    def _mishap(self) -> None:
+        """Something that is not a kill."""
+        random = self.random
+        kind = random.choice(
+            ("cut", "silence", "stalls", "drop", "duplicate", "reorder", "client", "answers", "store answers", "store away", "refused")
+        )
+        self.trace.note("mishap", kind)
+        network, broker, store = self.network, self.broker, self.store
+        later = self.loop.call_later
+        if kind == "cut":
+            network.cut("collector", "exchange")
+        elif kind == "silence":
+            network.silence("collector", "exchange")
+        elif kind == "stalls":
+            network.weather = replace(network.weather, stall_share=0.3, cut_share=0.5)
+            later(5.0, self._fair_weather)
+        elif kind in ("drop", "duplicate", "reorder"):
+            symbol = random.choice(self.exchange.exchange.venues["spot"].market.universe.symbols)
+            self.exchange.inject({"fault": kind, "symbol": symbol, "count": random.randint(2, 5)})
+        elif kind == "client":
+            if self.subscriber.wire is not None:
+                self.subscriber.wire.cut()
+        elif kind == "answers":
+            broker.lost_answers = 0.3
+            later(3.0, lambda: setattr(broker, "lost_answers", 0.0))
+        elif kind == "store answers":
+            store.lost_answers = 0.5
+            later(3.0, lambda: setattr(store, "lost_answers", 0.0))
+        elif kind == "refused":
+            store.refused = 0.5
+            later(3.0, lambda: setattr(store, "refused", 0.0))
+        else:
+            store.up = False
+            later(random.uniform(0.5, 4.0), lambda: setattr(store, "up", True))
+
+    def _fair_weather(self) -> None:
+        self.network.weather = replace(self.network.weather, stall_share=0.0, cut_share=0.0)
+
+    def _calm_down(self) -> None:
+        self._fair_weather()
+        self.broker.lost_answers = self.store.lost_answers = self.store.refused = 0.0
+        self.store.up = True
+        self.exchange.inject({"fault": "clear"})
+
+    # -- waiting
+
+    async def _until(self, done: Callable[[], bool], most_s: float) -> None:
+        deadline = self.loop.time() + most_s
+        while not done() and self.loop.time() < deadline:
+            await asyncio.sleep(0.25)
+
+    def _ready(self) -> bool:
+        collector = self.outside.hooks.get("collector")
+        shards = collector.shards if collector is not None else []
+        return bool(shards) and all(shard.is_live for shard in shards) and len(self.subscriber.confirmed) == len(self.subscriber.received)
+
+    def _settled(self) -> bool:
+        return self.broker.up and all(process.alive for process in self.processes.values()) and not checks.lagging(self)
+
+    # -- recovery
+
+    def _watch(self, name: str) -> None:
+        """Measure how long a restarted component needs to catch up with what there is now."""
+        self._recovering[name] = (self.loop.time(), checks.caught_up(self, name))
+        self.loop.call_later(0.05, self._look, name)
+
+    def _look(self, name: str) -> None:
+        entry = self._recovering.get(name)
+        if entry is None or self.over:
+            return
+        if name in self.processes and not self.processes[name].alive:
+            return  # killed again meanwhile: its next life is measured
+        since, done = entry
+        if done():
+            del self._recovering[name]
+            self.recovery_s.setdefault(name, []).append(round(self.loop.time() - since, 3))
+        else:
+            self.loop.call_later(0.05, self._look, name)
+
+    def _on_data(self, transport: MemoryTransport, data: bytes) -> None:
+        self.trace.note("data", transport.process, data=data)
+
+
+@contextlib.contextmanager
+def _calm(seed: int) -> Iterator[None]:
+    """The process as a world needs it: seeded global randomness, no log lines, no memory collection at odd moments."""
+    state, tokens, urandom_level = global_random.getstate(), secrets.token_bytes, logging.root.manager.disable
+    source = Random(f"{seed}/tokens")
+    global_random.seed(seed)
+    secrets.token_bytes = lambda size=32: source.randbytes(size or 32)  # type: ignore[assignment]
+    logging.disable(logging.CRITICAL)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        secrets.token_bytes = tokens
+        global_random.setstate(state)
+        logging.disable(urandom_level)
+        if collecting:
+            gc.enable()
+
+
+def simulate(scenario: Scenario, tell: Callable[[str], None] | None = None) -> Result:
+    """Run one scenario."""
+    return World(scenario, tell).run()
