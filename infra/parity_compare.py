@@ -22,6 +22,7 @@ from schemas.frames import Frame
 from streams.bar_shard import BarCodecs, BarShard
 
 NOT_RETAINED: Final = "not retained: the bar or its symbol began before the first trade the topic still holds"
+RHYTHM: Final = "not retained: when open bars are updated follows from trades the topic no longer holds"
 SENT_TWICE: Final = "sent twice: the same bytes for the same trades, after a lost acknowledgement"
 OTHER_SCHEMA: Final = "same rows, written with the schema of another release"
 MOST_DIFFERENCES: Final = 50
@@ -237,8 +238,9 @@ class Comparison:
             if key not in wrong:
                 self._count("equal", key.timeframe_s, place)
         for key, what, columns in unequal:
-            if not self._whole and self._began_before(key):
-                self._count(NOT_RETAINED, key.timeframe_s, place)
+            reason = "" if self._whole else NOT_RETAINED if self._began_before(key) else "" if key.is_final else RHYTHM
+            if reason:
+                self._count(reason, key.timeframe_s, place)
                 continue
             self._count("", key.timeframe_s, place)
             self._keep(
