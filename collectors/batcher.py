@@ -3,6 +3,10 @@
 Comes in: columns of rows with ``symbol_code`` of this batcher's own dictionary. Goes out: ``(partition, Frame)``, each with the
 source's watermark, and empty frames as heartbeats.
 
+Notices of gaps go with the rows: that one opened in the first frame of its partition, so that it comes no later than the rows after the gap;
+what became of it in the last, so that it comes no earlier than the rows that fill it. Rows of the past (``history``) go out first, as frames
+of source ``<source>/fill`` that promise nothing.
+
 A row waits at most one linger. The linger is short while things are quiet (latency) and grows with backlog (cost per row falls
 with rows per frame: 0.6 / 1.3 / 2.1 M trades/s at 200 / 1,000 / 4,000 rows a frame in a first agent).
 Bounded by ``max_pending_rows``; a caller that adds more gets BatcherFullError and must stop reading until it took frames.
@@ -11,17 +15,20 @@ Bounded by ``max_pending_rows``; a caller that adds more gets BatcherFullError a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
 
 from collectors.errors import BatcherFullError
 from collectors.growable import grown
-from schemas.frames import Frame, concat_columns
+from schemas.frames import GAP_OPEN, HISTORY, Frame, GapNotice, concat_columns
 from schemas.partitions import partition_of
 
 Array = np.ndarray[Any, Any]
+
+FILL: Final = "/fill"
+"""What is added to a source's name for rows of the past."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +73,8 @@ class Batcher:
         self._partition = np.empty(0, np.int32)  # code -> partition
         self._remap = np.empty(0, np.int32)  # scratch: code -> index in the frame's own dictionary
         self._parts: list[list[dict[str, Array]]] = [[] for _ in range(self.config.partitions)]
+        self._history: list[list[dict[str, Array]]] = [[] for _ in range(self.config.partitions)]
+        self._notices: list[list[GapNotice]] = [[] for _ in range(self.config.partitions)]  # with codes of this batcher's dictionary
         self._sent_us = [0] * self.config.partitions  # partition -> monotonic us of its last frame
         self._promised: list[int | None] = [None] * self.config.partitions  # partition -> watermark of its last frame
         self._linger_us = self.config.linger_min_ms * 1e3
@@ -86,6 +95,11 @@ class Batcher:
         """Instrument key of a code."""
         return self._keys[code]
 
+    def partitions_of(self, codes: Array) -> Array:
+        """Partition of each code, int32."""
+        found: Array = self._partition[codes]
+        return found
+
     @property
     def room(self) -> int:
         """Rows that may still be added."""
@@ -96,8 +110,16 @@ class Batcher:
         """How long to wait until the next :meth:`take`, microseconds."""
         return int(self._linger_us)
 
-    def add(self, columns: Mapping[str, Array]) -> None:
-        """Add rows; order within a symbol is kept. Raises BatcherFullError when more than ``room`` come."""
+    def notice(self, notice: GapNotice) -> None:
+        """Tell of a gap in the next frame of its symbol's partition; ``symbol_code`` is of this batcher's dictionary."""
+        self._notices[int(self._partition[notice.symbol_code])].append(notice)
+
+    def add(self, columns: Mapping[str, Array], *, history: bool = False) -> None:
+        """Add rows; order within a symbol is kept. Raises BatcherFullError when more than ``room`` come.
+
+        ``history``: their bars were closed, so they go out as frames of the past.
+        """
+        parts = self._history if history else self._parts
         codes = columns["symbol_code"]
         rows = len(codes)
         if rows == 0:
@@ -108,7 +130,7 @@ class Batcher:
         partitions = self._partition[codes]
         first = int(partitions[0])
         if rows == 1 or bool((partitions == first).all()):
-            self._parts[first].append({name: columns[name] for name in self._names})
+            parts[first].append({name: columns[name] for name in self._names})
             return
         order = np.argsort(partitions, kind="stable")
         bounds = np.searchsorted(partitions[order], np.arange(self.config.partitions + 1))
@@ -116,7 +138,7 @@ class Batcher:
         for partition in range(self.config.partitions):
             start, stop = int(bounds[partition]), int(bounds[partition + 1])
             if start < stop:
-                self._parts[partition].append({name: column[start:stop] for name, column in sorted_columns.items()})
+                parts[partition].append({name: column[start:stop] for name, column in sorted_columns.items()})
 
     def take(
         self, mono_us: int, watermark_us: int | None, *, sink_behind: bool = False, all_partitions: bool = False
@@ -131,9 +153,12 @@ class Batcher:
         self._adapt(self.pending_rows, sink_behind)
         frames: list[tuple[int, Frame]] = []
         for partition, parts in enumerate(self._parts):
-            if parts:
+            if self._history[partition]:
+                past, self._history[partition] = self._history[partition], []
+                frames.extend((partition, frame) for frame in self._frames_of(concat_columns(past), self.source + FILL, HISTORY))
+            if parts or self._notices[partition]:
                 self._parts[partition] = []
-                frames.extend((partition, frame) for frame in self._build(partition, concat_columns(parts), watermark_us))
+                frames.extend((partition, frame) for frame in self._build(partition, parts, watermark_us))
                 self._sent_us[partition] = mono_us
             elif watermark_us is not None and (all_partitions or mono_us - self._sent_us[partition] >= self.config.heartbeat_ms * 1e3):
                 promised = self._promise(partition, watermark_us)
@@ -142,7 +167,22 @@ class Batcher:
         self.pending_rows = 0
         return frames
 
-    def _build(self, partition: int, columns: dict[str, Array], watermark_us: int | None) -> list[Frame]:
+    def _build(self, partition: int, parts: list[dict[str, Array]], watermark_us: int | None) -> list[Frame]:
+        """Frames of a partition's rows and notices, at least one."""
+        before = self._promised[partition] or 0  # 0: nothing is promised yet
+        frames = self._frames_of(concat_columns(parts), self.source, 0, before) if parts else []
+        if not frames:
+            frames.append(Frame(source=self.source, watermark_us=before))
+        notices, self._notices[partition] = self._notices[partition], []
+        if notices:
+            frames[0] = self._with_notices(frames[0], [notice for notice in notices if notice.state == GAP_OPEN])
+            frames[-1] = self._with_notices(frames[-1], [notice for notice in notices if notice.state != GAP_OPEN])
+        if watermark_us is not None:
+            # only the last frame may carry the new watermark: the rows of the later ones are still to come
+            frames[-1] = replace(frames[-1], watermark_us=self._promise(partition, watermark_us))
+        return frames
+
+    def _frames_of(self, columns: dict[str, Array], source: str, flags: int, watermark_us: int = 0) -> list[Frame]:
         rows = len(columns["symbol_code"])
         frames = []
         for start in range(0, rows, self._frame_rows):
@@ -151,17 +191,17 @@ class Batcher:
             present = np.flatnonzero(np.bincount(part["symbol_code"]))  # 3 us; np.unique sorts and costs 30
             self._remap[present] = np.arange(len(present), dtype=np.int32)
             part = {**part, "symbol_code": self._remap[part["symbol_code"]]}
-            # only the last frame may carry the new watermark: the rows of the later ones are still to come
-            if stop == rows and watermark_us is not None:
-                promised = self._promise(partition, watermark_us)
-            else:
-                promised = self._promised[partition] or 0  # 0: nothing is promised yet
-            frames.append(
-                Frame(
-                    source=self.source, watermark_us=promised, symbols=tuple([self._keys[code] for code in present.tolist()]), columns=part
-                )
-            )
+            symbols = tuple([self._keys[code] for code in present.tolist()])
+            frames.append(Frame(source=source, watermark_us=watermark_us, symbols=symbols, columns=part, flags=flags))
         return frames
+
+    def _with_notices(self, frame: Frame, notices: list[GapNotice]) -> Frame:
+        """The frame with these notices after its own, and their symbols in its dictionary."""
+        if not notices:
+            return frame
+        places = {key: place for place, key in enumerate(frame.symbols)}
+        told = [notice._replace(symbol_code=places.setdefault(self._keys[notice.symbol_code], len(places))) for notice in notices]
+        return replace(frame, symbols=tuple(places), gaps=(*frame.gaps, *told))
 
     def _promise(self, partition: int, watermark_us: int) -> int:
         before = self._promised[partition]

@@ -11,7 +11,7 @@ from collectors.batcher import Batcher, BatcherConfig
 from collectors.errors import BatcherFullError
 from collectors.wire import TRADE_DTYPES
 from schemas.codec import FrameCodec
-from schemas.frames import Frame
+from schemas.frames import GAP_FILLED, GAP_OPEN, HISTORY, Frame, GapNotice
 from schemas.partitions import partition_of
 from tests.collectors.fakes import rows_of, trade_columns
 
@@ -143,3 +143,42 @@ def test_a_round_of_one_row_and_of_many_give_the_same_bytes_per_row() -> None:
     for row in range(500):
         made.add({name: column[row : row + 1] for name, column in whole.items()})
     assert rows_of(together) == rows_of(made.take(0, 1))
+
+
+def test_a_gap_is_told_before_the_rows_after_it_and_its_end_after_the_rows_that_fill_it() -> None:
+    """Opened: in the first frame of the partition; filled: in the last; symbols without rows get a place in the dictionary."""
+    made = batcher(max_rows=2)
+    mine = partition_of(KEYS[3], 4)
+    other = next(code for code in range(40) if code != 3 and partition_of(KEYS[code], 4) == mine)
+    made.notice(GapNotice(other, 8, 1, 2, GAP_FILLED))
+    made.notice(GapNotice(3, 7, 10, 20, GAP_OPEN))
+    made.add(trade_columns([3] * 5, [1, 2, 3, 4, 5]))
+    frames = [frame for partition, frame in made.take(0, 5) if partition == mine]
+    assert [frame.gaps for frame in frames] == [(GapNotice(0, 7, 10, 20, GAP_OPEN),), (), (GapNotice(1, 8, 1, 2, GAP_FILLED),)]
+    assert frames[-1].symbols == (KEYS[3], KEYS[other])
+    assert [frame.watermark_us for frame in frames] == [0, 0, 5]
+    codec = FrameCodec("trades", 1)
+    assert codec.decode(codec.encode(frames[-1])).gaps == frames[-1].gaps
+
+
+def test_a_notice_goes_out_without_rows_and_without_a_watermark() -> None:
+    """Nothing was received yet: the frame promises nothing."""
+    made = batcher()
+    made.notice(GapNotice(3, 7, 10, -1, GAP_OPEN))
+    ((partition, frame),) = made.take(0, None)
+    assert partition == partition_of(KEYS[3], 4)
+    assert (frame.row_count, frame.watermark_us, frame.symbols, len(frame.gaps)) == (0, 0, (KEYS[3],), 1)
+    assert made.take(1, None) == []
+
+
+def test_rows_of_the_past_go_out_first_as_a_source_of_their_own() -> None:
+    """They promise nothing and leave what the live source promised as it is."""
+    made = batcher()
+    made.add(trade_columns([3], [9], [900]))
+    made.add(trade_columns([3, 3], [1, 2], [10, 20]), history=True)
+    assert made.pending_rows == 3
+    first, second = [frame for _, frame in made.take(0, 800) if frame.row_count]
+    assert (first.source, first.flags, first.watermark_us) == ("binance/ws/0/fill", HISTORY, 0)
+    assert first.columns["trade_id"].tolist() == [1, 2]
+    assert (second.source, second.flags, second.watermark_us) == ("binance/ws/0", 0, 800)
+    assert made.pending_rows == 0
