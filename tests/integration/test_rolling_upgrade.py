@@ -83,7 +83,8 @@ def old_tables(settings: Settings, release: str) -> None:
 def process(settings: Settings, *command: str, cwd: Path = ROOT, index: int = 0) -> Iterator[subprocess.Popen[bytes]]:
     """A process of ours; stopped with SIGTERM at the end when it still runs."""
     ports = dict(zip(("WORKER", "SINK", "API"), free_ports(3), strict=True))
-    environ = {**os.environ, **settings.as_environ(), "PYTHONPATH": str(cwd)}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MARKETSTREAM_")}
+    environ |= known_to(cwd, settings.as_environ()) | {"PYTHONPATH": str(cwd)}
     environ |= {f"MARKETSTREAM_PORT_{name}": str(port - (index if name == "WORKER" else 0)) for name, port in ports.items()}
     log = settings.data_dir / f"test-{settings.kafka.topic_prefix}{command[-1]}{time.monotonic_ns()}.log"
     with log.open("wb") as out:
@@ -94,6 +95,19 @@ def process(settings: Settings, *command: str, cwd: Path = ROOT, index: int = 0)
             if child.poll() is None:
                 child.terminate()
             child.wait(20)
+            if child.returncode > 0:
+                print(log.read_text("utf-8", "replace")[-4000:])
+
+
+def known_to(folder: Path, environ: dict[str, str]) -> dict[str, str]:
+    """The variables that the code in that folder knows: an unknown one is refused."""
+    if folder == ROOT:
+        return environ
+    ask = "from infra.settings import options; print(*(item.env for item in options()))"
+    found = subprocess.run(
+        [sys.executable, "-c", ask], cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, check=True
+    )
+    return {name: environ[name] for name in {*found.stdout.split(), "MARKETSTREAM_CONFIG"} & environ.keys()}
 
 
 def worker_of(release: str, index: int, folder: Path) -> tuple[tuple[str, ...], Path]:
