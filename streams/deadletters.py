@@ -21,6 +21,7 @@ def dead_letter(
     partition: int = -1,
     offset: int = -1,
     place: str = "",
+    origin: int = -1,
 ) -> dict[str, Any]:
     """A row of topic ``deadletter`` (``schemas/avro/deadletter.avsc``)."""
     return {
@@ -36,4 +37,5 @@ def dead_letter(
         "time_us": time_us,
         "raw_size": len(raw),
         "raw": raw[:RAW_LIMIT_BYTES],
+        "origin": origin,
     }

@@ -12,6 +12,7 @@ from typing import Final
 
 from schemas.codec import frame_dtypes, frame_fills, schema_text
 from schemas.topics import TOPICS, Topic
+from streams.sink import WORKER_TOPICS
 
 _FRAME_TYPES: Final = {"<f8": "Float64", "<i8": "Int64", "<i4": "Int32", "|i1": "Int8"}
 _ROW_TYPES: Final = {"string": "String", "long": "Int64", "int": "Int32", "double": "Float64", "bytes": "String", "boolean": "UInt8"}
@@ -26,6 +27,8 @@ _ORDER_BY: Final = {
     "deadletter": "time_us",
     "onchain": "chain, exchange_time_us",
     "gaps": "exchange, symbol, start_time_us",
+    # by id: the newest row of a trade is valid
+    "quarantine": "exchange, symbol, trade_id",
 }
 _TIME_COLUMN: Final = {"bars": "open_time_us", "deadletter": "time_us", "gaps": "start_time_us"}
 # Delta halves ids and times that grow steadily; Gorilla was larger than plain ZSTD on recorded prices
@@ -86,8 +89,10 @@ def _table(entry: Topic) -> Table:
     if entry.kind == "frame":
         columns = [*_KEY_COLUMNS]
         columns += [(name, _FRAME_TYPES[dtype.str]) for name, dtype in frame_dtypes(text).items() if name != "symbol_code"]
-        if entry.name == "bars":
+        if entry.name in WORKER_TOPICS:
             columns.append(("input_offset", "Int64"))
+            if entry.name != "bars":
+                columns.append(("source", "LowCardinality(String)"))
     else:
         columns = [(field["name"], _row_type(field["type"])) for field in json.loads(text)["fields"]]
     return Table(
@@ -96,8 +101,13 @@ def _table(entry: Topic) -> Table:
         columns=(*columns, *_POSITION_COLUMNS),
         time_column=_TIME_COLUMN.get(entry.name, "exchange_time_us"),
         order_by=_ORDER_BY.get(entry.name, "exchange, symbol, exchange_time_us"),
-        fills=frame_fills(text) if entry.kind == "frame" else {},
+        fills=frame_fills(text) if entry.kind == "frame" else _row_fills(text),
     )
+
+
+def _row_fills(text: str) -> dict[str, int]:
+    """Numbers that a row's fields default to."""
+    return {field["name"]: field["default"] for field in json.loads(text)["fields"] if isinstance(field.get("default"), int)}
 
 
 def _row_type(kind: object) -> str:

@@ -221,7 +221,7 @@ BREAKS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "a head field of another type": ("trades", lambda s: _field(s, "watermark_us").update(type="string"), "cannot read"),
     "a wider head field": ("trades", lambda s: _field(s, "flags").update(type="long"), "old schema cannot read new data"),
     "a record of another name": ("trades", lambda s: s.update(name="Trades"), "cannot read"),
-    "a row field without default": ("deadletter", lambda s: s["fields"].append({"name": "origin", "type": "long"}), "cannot read old data"),
+    "a row field without default": ("deadletter", lambda s: s["fields"].append({"name": "venue", "type": "long"}), "cannot read old data"),
     "a row field removed": ("deadletter", lambda s: s["fields"].remove(_field(s, "raw")), "old schema cannot read new data"),
 }
 
