@@ -3,7 +3,7 @@
 Comes in: records of any frame or row topic. Goes out: columnar batches for a :class:`Store`, one calendar month each, because ClickHouse
 inserts one block of one partition atomically and nothing larger. Rows carry the offset they were read from; after a crash the sink reads
 again from what its group has committed and drops the (offset, month) pairs the table already holds. Trades are also compared by id, so the
-same trade in another record (a reconnect, a second replay) is dropped; bars by the input offset of the worker that made them. Bars of the
+same trade in another record (a reconnect, a second replay) is dropped; what the worker makes (bars, quality, quarantine) by the input offset. Bars of the
 repair have none (-1): it publishes a bar again only after it has seen what is stored, so nothing of it comes twice.
 """
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 Columns = dict[str, npt.NDArray[Any]]
 _NO_ID: Final = np.iinfo(np.int64).min
+WORKER_TOPICS: Final = frozenset({"bars", "quality", "quarantine"})
+"""Frame topics that the worker makes of trades: each of its records is made of one record of trades and may come twice after a crash."""
 
 
 class Batch(NamedTuple):
@@ -65,8 +67,8 @@ class Store(Protocol):
         """Those of ``ids`` (sorted) that the trades of an instrument hold."""
         ...
 
-    def newest_input_offset(self, partition: int, before_offset: int) -> int:
-        """The largest ``input_offset`` in bars of that partition with ``kafka_offset < before_offset``, -1 for none."""
+    def newest_input_offset(self, table: str, partition: int, before_offset: int) -> int:
+        """The largest ``input_offset`` in a table's rows of that partition with ``kafka_offset < before_offset``, -1 for none."""
         ...
 
 
@@ -115,8 +117,8 @@ class TopicSink:
         held = self.store.stored_positions(self.topic, partition, committed_offset)
         self._in_doubt[partition] = held
         self._in_doubt_until[partition] = max((offset for offset, _ in held), default=-1)
-        if self.topic == "bars":
-            self._input_offset[partition] = self.store.newest_input_offset(partition, committed_offset)
+        if self.topic in WORKER_TOPICS:
+            self._input_offset[partition] = self.store.newest_input_offset(self.topic, partition, committed_offset)
 
     def newest_stored(self, partition: int) -> int:
         """Largest offset found in doubt by :meth:`resume`, -1 for none."""
@@ -172,16 +174,19 @@ class TopicSink:
             if not frame.row_count:
                 continue
             columns: Columns = dict(frame.columns)
-            if self.topic == "bars":
-                if frame.input_offset >= 0:
+            if self.topic in WORKER_TOPICS:
+                if frame.input_offset >= 0:  # below: the repair's, a person's
                     if frame.input_offset <= self._input_offset.get(record.partition, -1):
                         self.duplicates += frame.row_count
                         continue
                     self._input_offset[record.partition] = frame.input_offset
-                final = columns["is_final"] == 1
-                if not final.any():
-                    continue
-                columns = {name: column[final] for name, column in columns.items()}
+                if self.topic == "bars":
+                    final = columns["is_final"] == 1
+                    if not final.any():
+                        continue
+                    columns = {name: column[final] for name, column in columns.items()}
+                else:
+                    columns["source"] = np.full(frame.row_count, frame.source, object)
                 columns["input_offset"] = np.full(len(columns["symbol_code"]), frame.input_offset, np.int64)
             codes = np.array([code_of.setdefault(key, len(code_of)) for key in frame.symbols], np.int32)
             columns["symbol_code"] = codes[columns["symbol_code"]]

@@ -62,10 +62,10 @@ class ClickHouseStore:
         held: npt.NDArray[np.int64] = np.asarray(result, np.int64).reshape(-1)
         return held
 
-    def newest_input_offset(self, partition: int, before_offset: int) -> int:
+    def newest_input_offset(self, table: str, partition: int, before_offset: int) -> int:
         """-1 when there is none."""
         result = self._client.query(
-            "SELECT max(input_offset), count() FROM bars WHERE kafka_partition = {p:UInt16} AND kafka_offset < {o:UInt64}",
+            f"SELECT max(input_offset), count() FROM `{table}` WHERE kafka_partition = {{p:UInt16}} AND kafka_offset < {{o:UInt64}}",
             parameters={"p": partition, "o": max(before_offset, 0)},
         )
         newest, count = result.result_rows[0]

@@ -91,11 +91,11 @@ class SimStore:
         held = self.column("trades", key, "trade_id")
         return ids[np.isin(ids, held)]
 
-    def newest_input_offset(self, partition: int, before_offset: int) -> int:
+    def newest_input_offset(self, table: str, partition: int, before_offset: int) -> int:
         """See Store."""
         self._check()
         newest = -1
-        for batch in self.batches.get("bars", ()):
+        for batch in self.batches.get(table, ()):
             mine = (batch.columns["kafka_partition"] == partition) & (batch.columns["kafka_offset"] < before_offset)
             if mine.any():
                 newest = max(newest, int(batch.columns["input_offset"][mine].max()))

@@ -16,6 +16,7 @@ from streams.sink import Batch, Received, TopicSink
 
 TRADES = FrameCodec("trades", 1)
 BARS = FrameCodec("bars", 2)
+QUARANTINE = FrameCodec("quarantine", 4)
 AUGUST_END = 1_725_148_799_000_000
 
 
@@ -61,11 +62,11 @@ class MemoryStore:
         mine = {int(row["trade_id"]) for row in self.rows["trades"] if row["key"] == key}  # type: ignore[call-overload]
         return np.array([i for i in ids.tolist() if i in mine], np.int64)
 
-    def newest_input_offset(self, partition: int, before_offset: int) -> int:
+    def newest_input_offset(self, table: str, partition: int, before_offset: int) -> int:
         """Largest input offset held before that record."""
         found = [
             int(row["input_offset"])  # type: ignore[call-overload]
-            for row in self.rows["bars"]
+            for row in self.rows[table]
             if row["kafka_partition"] == partition and row["kafka_offset"] < before_offset  # type: ignore[operator]
         ]
         return max(found, default=-1)
@@ -108,8 +109,8 @@ def topic_sink(store: MemoryStore, topic: str = "trades", refused: list[Received
         assert refused is not None
         refused.append(record)
 
-    codec = {"trades": TRADES, "bars": BARS, "deadletter": RowCodec("deadletter", 3)}[topic]
-    column = {"trades": "exchange_time_us", "bars": "open_time_us", "deadletter": "time_us"}[topic]
+    codec = {"trades": TRADES, "bars": BARS, "deadletter": RowCodec("deadletter", 3), "quarantine": QUARANTINE}[topic]
+    column = {"bars": "open_time_us", "deadletter": "time_us"}.get(topic, "exchange_time_us")
     return TopicSink(topic, column, codec, store, {}.__getitem__, undecodable)
 
 
@@ -197,6 +198,27 @@ def test_bars_of_the_repair_are_stored_beside_the_workers() -> None:
     again.resume(0, 2)
     deliver(store, again, [Received(0, 2, bars(4, [1])), Received(0, 3, bars(5, [1])), Received(0, 4, bars(-1, [1]))])
     assert sorted(int(row["input_offset"]) for row in store.rows["bars"]) == [-1, -1, -1, 4, 5]  # type: ignore[call-overload]
+
+
+def test_suspects_told_of_twice_are_stored_once_and_what_a_person_says_always() -> None:
+    """The worker repeats what lies behind its snapshot, with the same input offsets; a person's rows have none."""
+
+    def suspects(input_offset: int, state: int, source: str) -> bytes:
+        columns = {name: np.ones(1, dtype) for name, dtype in QUARANTINE.dtypes.items()}
+        columns |= {"symbol_code": np.zeros(1, np.int32), "state": np.array([state], np.int8)}
+        columns["exchange_time_us"] = np.array([AUGUST_END])
+        frame = Frame(source=source, watermark_us=0, symbols=("binance:BTC-USDT",), columns=columns, input_offset=input_offset)
+        return QUARANTINE.encode(frame)
+
+    store = MemoryStore()
+    first = [suspects(5, 1, "binance/ws"), suspects(7, 2, "binance/ws"), suspects(-1, 4, "person")]
+    again = [suspects(5, 1, "binance/ws"), suspects(7, 2, "binance/ws"), suspects(9, 1, "binance/ws"), suspects(-1, 3, "person")]
+    for start, values in ((0, first), (3, again)):
+        sink = topic_sink(store, "quarantine")
+        sink.resume(0, start)
+        deliver(store, sink, [Received(0, offset, value) for offset, value in enumerate(values, start)])
+    rows = [(row["input_offset"], row["state"], row["source"]) for row in store.rows["quarantine"]]
+    assert rows == [(5, 1, "binance/ws"), (7, 2, "binance/ws"), (-1, 4, "person"), (9, 1, "binance/ws"), (-1, 3, "person")]
 
 
 def test_open_bars_are_not_stored() -> None:
