@@ -16,6 +16,7 @@ from schemas.codec import FrameCodec, RowCodec
 from schemas.frames import END_OF_SOURCE, Frame
 from schemas.timeframes import MIN_TIME_US, US_PER_SECOND
 from streams.bar_shard import BarCodecs, BarShard
+from streams.quality_records import QualityCodecs
 
 _KEY = "binance:BTC-USDT"
 
@@ -28,7 +29,12 @@ def warm(config: BarConfig | None = None) -> float:
     started = time.monotonic()
     trades = FrameCodec("trades", 1)
     codecs = BarCodecs(
-        trades=trades, bars=FrameCodec("bars", 2), rows=RowCodec("bars_row", 3), deadletter=RowCodec("deadletter", 4), fetch_schema=str
+        trades=trades,
+        bars=FrameCodec("bars", 2),
+        rows=RowCodec("bars_row", 3),
+        deadletter=RowCodec("deadletter", 4),
+        fetch_schema=str,
+        quality=QualityCodecs(quality=FrameCodec("quality", 5), quarantine=FrameCodec("quarantine", 6)),
     )
     columns = {name: np.ones(1, dtype) for name, dtype in trades.dtypes.items()}
     columns["symbol_code"] = np.zeros(1, np.int32)

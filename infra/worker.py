@@ -15,14 +15,17 @@ from prometheus_client import Counter, Gauge
 from infra.errors import MarketstreamError
 from infra.health import HealthServer
 from infra.kafka import FrameProducer, consumer_config, producer_config, unreachable
+from infra.kafka_lag import KafkaLag
 from infra.logs import setup_logging
 from infra.newest_bars import newest_worker_bars
 from infra.registry_client import RegistryClient
 from infra.seam import SystemClock
 from infra.settings import Settings, load_settings
+from infra.watchdog import Monitor, Waiting
 from processors.bars import BarConfig
 from schemas.topics import TOPICS
 from streams.bar_shard import BarCodecs
+from streams.quality_records import QualityCodecs
 from streams.runner import BarRunner
 
 logger = logging.getLogger(__name__)
@@ -97,6 +100,7 @@ def bar_codecs(registry: RegistryClient) -> BarCodecs:
         rows=registry.row_codec("bars.rows"),
         deadletter=registry.row_codec("deadletter"),
         fetch_schema=registry.schema,
+        quality=QualityCodecs(quality=registry.frame_codec("quality"), quarantine=registry.frame_codec("quarantine")),
     )
 
 
@@ -122,6 +126,26 @@ def build_runner(settings: Settings, registry: RegistryClient) -> BarRunner:
         emitted_offset=emitted_offset,
         clock=SystemClock(),
     )
+
+
+class BarWork:
+    """`infra.watchdog.Work` of a worker: the applied offsets of its partitions against the ends of ``trades``."""
+
+    verb = "applied"
+
+    def __init__(self, runner: BarRunner, lag: KafkaLag) -> None:
+        self._runner, self._lag = runner, lag
+        self.partitions: frozenset[int] = frozenset()
+        """What the group gave it."""
+
+    def done(self) -> int:
+        """See Work.done."""
+        return sum(shard.applied_offset + 1 for shard in list(self._runner.shards.values()))
+
+    def waiting(self) -> Waiting:
+        """See Work.waiting."""
+        applied = {partition: shard.applied_offset + 1 for partition, shard in list(self._runner.shards.items())}
+        return self._lag.waiting({("trades", partition): applied.get(partition) for partition in self.partitions | applied.keys()})
 
 
 def _reasons(runner: BarRunner, progress: dict[str, float]) -> dict[str, str]:
@@ -157,10 +181,12 @@ def run(settings: Settings, index: int) -> int:
     app = create_app(config, runner)
     progress = {"assigned": 0.0, "beat": time.monotonic()}
     counted = {"trades": 0}
+    work = BarWork(runner, KafkaLag(settings.kafka))
 
     @app.on_partitions_assigned.connect
     async def assigned(_: Any, partitions: Any, **__: Any) -> None:
         progress["assigned"] = time.monotonic()
+        work.partitions = frozenset(place.partition for place in partitions)
 
     @app.timer(interval=1.0, name="beat")
     async def beat() -> None:
@@ -169,7 +195,8 @@ def run(settings: Settings, index: int) -> int:
         TRADES.inc(max(total - counted["trades"], 0))
         counted["trades"] = total
 
-    health = HealthServer(settings.worker.health_port + index, lambda: _reasons(runner, progress)).start()
+    monitor = Monitor(work, settings.watchdog.stuck_s, SystemClock())
+    health = HealthServer(settings.worker.health_port + index, lambda: _reasons(runner, progress), monitor=monitor).start()
     worker = faust.Worker(app, loop=loop, loglevel=settings.log_level, redirect_stdouts=False, quiet=True, override_logging=False)
     try:
         worker.execute_from_commandline()

@@ -2,6 +2,7 @@
 
 - ProcessorError                  input, settings or state that cannot be used; a ValueError
   - BarConfigError                settings that contradict each other or exceed a bound
+  - QualityConfigError            settings of the quality checks outside their range
   - TradeInputError               trades with a missing column, a wrong dtype or an impossible value
   - SnapshotError                 bytes that are no state of this version
     - SnapshotConfigError         the state was made with other settings
@@ -16,6 +17,10 @@ class ProcessorError(ValueError):
 
 class BarConfigError(ProcessorError):
     """Bar settings that contradict each other or exceed a bound."""
+
+
+class QualityConfigError(ProcessorError):
+    """Settings of the quality checks outside their range."""
 
 
 class TradeInputError(ProcessorError):

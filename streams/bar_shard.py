@@ -3,7 +3,8 @@
 Comes in: records of ``trades``. Goes out: one ``bars`` frame for each input record (empty when it closed and changed nothing, so that its
 watermark and its ``input_offset`` travel on), a ``bars.rows`` record for each final bar, a ``deadletter`` for each row or record refused.
 Bars that touch a gap which the collectors tell of (``Frame.gaps``) are published with ``complete`` 0. Frames flagged HISTORY make no bars here:
-the repair makes those of the past anew.
+the repair makes those of the past anew. Suspect trades are held back before the bars (``processors.quality``) and told of in ``quarantine``;
+``quality`` gets a score per symbol and source every ten seconds of event time.
 
 The Faust agent (``streams.app``) and the plain loop (``streams.plain_loop``) both run this; a test compares their bytes.
 """
@@ -12,13 +13,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy.typing as npt
 
 from processors.bars import REJECT_REASONS, BarBatches, BarConfig, BarEngine
 from processors.gap_book import GapBook
+from processors.held_book import HeldBook
+from processors.quality import QualityConfig, QualityGate, Verdict
 from schemas.codec import FrameCodec, RowCodec, decode_learning
 from schemas.errors import DecodeError
 from schemas.frames import HISTORY, Frame
@@ -26,6 +29,7 @@ from schemas.symbols import SIDE_NAMES, parse_key
 from schemas.timeframes import US_PER_SECOND
 from streams.deadletters import dead_letter
 from streams.errors import StateError
+from streams.quality_records import QualityCodecs, quality_record, quarantine_record
 from streams.records import OutRecord
 from streams.row_twin import RowTwin
 from streams.shard_state import pack_state, unpack_state
@@ -37,9 +41,10 @@ _PENDING_US: Final = 60 * US_PER_SECOND
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BarCodecs:
-    """Codecs of the four topics the processor touches, and how to learn a schema it has not seen.
+    """Codecs of the topics the processor touches, and how to learn a schema it has not seen.
 
-    ``fetch_schema(schema_id) -> text`` raises KeyError when the registry has none; it may block, which happens once a new schema.
+    ``fetch_schema(schema_id) -> text`` raises KeyError when the registry has none; it may block, which happens once a new schema. Without
+    ``quality`` trades are not checked: every one that the bar engine takes is in the bars.
     """
 
     trades: FrameCodec
@@ -47,6 +52,7 @@ class BarCodecs:
     rows: RowCodec
     deadletter: RowCodec
     fetch_schema: Callable[[int], str]
+    quality: QualityCodecs | None = None
 
 
 class BarShard:
@@ -67,6 +73,8 @@ class BarShard:
         *,
         engine: BarEngine | None = None,
         gaps: GapBook | None = None,
+        gate: QualityGate | None = None,
+        held: HeldBook | None = None,
         applied_offset: int = -1,
         emitted_offset: int = -1,
     ) -> None:
@@ -75,11 +83,15 @@ class BarShard:
         self.emitted_offset = emitted_offset
         self.trade_count = 0
         """Rows accepted since this shard was made, for metrics."""
+        self.held_count = 0
+        """Rows held back since this shard was made, for metrics."""
         self._codecs = codecs
         self._twin = RowTwin(codecs.rows)
         self._live_interval_us = config.live_interval_us
         self._engine = engine if engine is not None else BarEngine(config)
         self._gaps = gaps if gaps is not None else GapBook(_reach_us(config))
+        self._held = held if held is not None else HeldBook(_reach_us(config))
+        self._gate = gate if gate is not None else _gate(config, codecs)
 
     @property
     def watermark_us(self) -> int:
@@ -109,12 +121,45 @@ class BarShard:
         """What follows from a frame but its bars, and its bars; None for trades of the past, whose bars the repair makes."""
         if frame.gaps:
             self._gaps.apply(frame)
-        if frame.flags & HISTORY:
-            return [], None
-        batches = self._engine.process(frame)
-        self.trade_count += batches.accepted
-        batches.bars["complete"] = self._gaps.complete(batches.symbols, batches.bars)
-        return self._rejected(offset, frame, batches) if len(batches.rejected["row"]) else [], batches
+        verdict = self._gate.check(frame) if self._gate is not None else None
+        records: list[OutRecord] = []
+        batches = None
+        if not frame.flags & HISTORY:
+            batches = self._engine.process(frame if verdict is None else replace(frame, columns=verdict.columns))
+            self.trade_count += batches.accepted
+            if verdict is not None:
+                self._note(verdict)
+            batches.bars["complete"] = self._gaps.complete(batches.symbols, batches.bars)
+            counts = self._held.counts(batches.symbols, batches.bars)
+            if counts is not None:
+                batches.bars["held_count"] = counts
+            if len(batches.rejected["row"]):
+                records = self._rejected(offset, frame, batches, verdict)
+        if self._gate is not None:
+            records += self._quality(offset, frame, batches, verdict)
+        return records, batches
+
+    def _note(self, verdict: Verdict) -> None:
+        """Remember what is held back from the bars; those of the past are counted by the repair, which makes their bars."""
+        for suspect in verdict.held:
+            self._held.hold(suspect.key, suspect.trade_id, suspect.exchange_time_us)
+        for suspect in verdict.confirmed:
+            self._held.release(suspect.key, suspect.trade_id)
+        self.held_count += len(verdict.held)
+
+    def _quality(self, offset: int, frame: Frame, batches: BarBatches | None, verdict: Verdict | None) -> list[OutRecord]:
+        """Records of ``quarantine`` and ``quality`` that follow from a frame. They are sent again after a crash; the sink knows them."""
+        gate, codecs = self._gate, self._codecs.quality
+        assert gate is not None and codecs is not None
+        records = []
+        if verdict is not None:
+            records.append(quarantine_record(codecs.quarantine, self.partition, offset, frame, verdict))
+        if batches is not None and len(batches.rejected["row"]):
+            gate.refused(frame, batches.rejected, verdict)
+        scores = gate.scores(frame)
+        if scores is not None:
+            records.append(quality_record(codecs.quality, self.partition, offset, frame, *scores))
+        return records
 
     def _is_backlog(self, frame: Frame) -> bool:
         """Whether the frame covers more time than lies between two updates of an open bar.
@@ -130,6 +175,10 @@ class BarShard:
         sections = {"engine": self._engine.snapshot()}
         if len(self._gaps):
             sections["gaps"] = json.dumps(self._gaps.to_state(), separators=(",", ":")).encode()
+        if self._gate is not None:
+            sections["quality"] = self._gate.snapshot()
+        if len(self._held):
+            sections["held"] = json.dumps(self._held.to_state(), separators=(",", ":")).encode()
         return pack_state(self.partition, self.applied_offset, sections)
 
     @classmethod
@@ -139,9 +188,21 @@ class BarShard:
         try:
             engine = BarEngine.restore(config, state.sections.get("engine", b""))
             gaps = GapBook.from_state(_reach_us(config), json.loads(state.sections.get("gaps", b"[]")))
+            held = HeldBook.from_state(_reach_us(config), json.loads(state.sections.get("held", b"[]")))
+            gate = _gate(config, codecs, state.sections.get("quality", b""))
         except (ValueError, TypeError) as exc:
             raise StateError(f"The bar state of partition {partition} cannot be used: {exc}") from exc
-        return cls(partition, config, codecs, engine=engine, gaps=gaps, applied_offset=state.applied_offset, emitted_offset=emitted_offset)
+        return cls(
+            partition,
+            config,
+            codecs,
+            engine=engine,
+            gaps=gaps,
+            gate=gate,
+            held=held,
+            applied_offset=state.applied_offset,
+            emitted_offset=emitted_offset,
+        )
 
     def _bars(self, offset: int, batches: BarBatches | None, *, backlog: bool) -> list[OutRecord]:
         records: list[OutRecord] = []
@@ -174,9 +235,9 @@ class BarShard:
         )
         return OutRecord("deadletter", 0, None, self._codecs.deadletter.encode(row))
 
-    def _rejected(self, offset: int, frame: Frame, batches: BarBatches) -> list[OutRecord]:
+    def _rejected(self, offset: int, frame: Frame, batches: BarBatches, verdict: Verdict | None) -> list[OutRecord]:
         records = []
-        columns = frame.columns
+        columns = frame.columns if verdict is None else verdict.columns
         for row, reason in zip(batches.rejected["row"].tolist(), batches.rejected["reason"].tolist(), strict=True):
             instrument = parse_key(frame.symbols[columns["symbol_code"][row]])
             trade = {name: column[row].item() for name, column in columns.items() if name != "symbol_code"}
@@ -193,7 +254,7 @@ class BarShard:
                 topic="trades",
                 partition=self.partition,
                 offset=offset,
-                place=f"row {row}",
+                place=f"row {row if verdict is None else verdict.rows[row]}",
             )
             records.append(OutRecord("deadletter", 0, instrument.key.encode(), self._codecs.deadletter.encode(letter)))
         return records
@@ -202,6 +263,13 @@ class BarShard:
 def _reach_us(config: BarConfig) -> int:
     """How far behind the watermark the oldest bar may open that can still be published."""
     return config.timeframe_us[-1] + config.revision_window_us + _PENDING_US
+
+
+def _gate(config: BarConfig, codecs: BarCodecs, state: bytes = b"") -> QualityGate | None:
+    """The checks, as of ``state``; None when they are switched off."""
+    if codecs.quality is None:
+        return None
+    return QualityGate.restore(state, QualityConfig(max_future_us=config.max_future_us))
 
 
 def _final_rows(bars: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from streams.errors import StateError
 
-SECTIONS: Final = ("engine", "gaps")
+SECTIONS: Final = ("engine", "gaps", "quality", "held")
 """What a state may hold, in order; one that is missing was empty."""
 _MAGIC: Final = b"MSBS"
 _VERSION: Final = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
@@ -24,7 +25,7 @@ class MemoryStore:
     """A history store in memory that inserts one batch atomically and can die before or after an insert."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, list[dict[str, object]]] = {"trades": [], "bars": [], "deadletter": []}
+        self.rows: dict[str, list[dict[str, object]]] = defaultdict(list)
         self.die_in = -1
         """Inserts until it dies: odd dies after storing, even before; negative never."""
 
