@@ -60,6 +60,7 @@ class PortSettings:
         0, "worker health (first worker)", port=True, env="MARKETSTREAM_PORT_WORKER", derive=lambda v: v["ports.base"] + 200
     )
     sink: int = option(0, "sink health", port=True, env="MARKETSTREAM_PORT_SINK", derive=lambda v: v["ports.base"] + 84)
+    repair: int = option(0, "repair health", port=True, env="MARKETSTREAM_PORT_REPAIR", derive=lambda v: v["ports.base"] + 86)
     sim: int = option(0, "simulated exchange", port=True, env="MARKETSTREAM_PORT_SIM", derive=lambda v: v["ports.base"] + 85)
 
 
@@ -190,6 +191,23 @@ class SinkSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchdogSettings:
+    """When a process that runs is started anew."""
+
+    stuck_s: float = option(60.0, "seconds without progress while work waits and nobody else is in the way; a compile takes 30", low=1)
+    silent_s: float = option(10.0, "seconds without any answer of a process of ours", low=1)
+    server_silent_s: float = option(60.0, "seconds without any answer of a local server: broker, stores, registry", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairSettings:
+    """The process that makes bars of the past anew."""
+
+    page_rows: int = option(500_000, "trades it reads at once, about; 500,000 are 25 MB", low=1_000, high=10_000_000)
+    health_port: int = option(0, "port of /livez, /readyz, /metrics", port=True, same_as="ports.repair")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SimSettings:
     """The simulated exchange."""
 
@@ -224,6 +242,8 @@ class Settings:
     collector: CollectorSettings
     worker: WorkerSettings
     sink: SinkSettings
+    repair: RepairSettings
+    watchdog: WatchdogSettings
     sim: SimSettings
     origin: Mapping[str, str] = field(repr=False, default_factory=dict)
     """Dotted key -> ``default | file:NAME | env:NAME | command line``."""

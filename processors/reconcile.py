@@ -108,20 +108,24 @@ def _batches(pages: Iterable[Mapping[str, Array]]) -> Iterator[Columns]:
             yield {"symbol_code": codes, **{name: page[name][cut] for name in door.TRADE_DTYPES if name != "symbol_code"}}
 
 
-def reconcile(stored: Mapping[str, Array], rebuilt: Mapping[str, Array], start_us: int, end_us: int, evidence: Evidence) -> Reconciled:
-    """The bars touching ``[start_us, end_us)`` that must be published anew.
+def reconcile(
+    stored: Mapping[str, Array], rebuilt: Mapping[str, Array], ranges: Iterable[tuple[int, int]], evidence: Evidence
+) -> Reconciled:
+    """The bars touching any of ``ranges`` that must be published anew.
 
     Args:
         stored: ``STORED`` columns, the newest revision of each bar; may hold more bars than those in question.
         rebuilt: from :func:`rebuild`, of all trades of every bar in question; may hold more bars too.
-        start_us: first time in question.
-        end_us: up to but without this.
+        ranges: the times in question, ``[start, end)`` microseconds each.
         evidence: what is missing and what is not.
 
     A bar that is stored as complete stays so unless something is known to be missing; one that is stored and cannot be rebuilt (the only
     trades before it were taken away) stands as it is.
     """
-    rows = np.flatnonzero((rebuilt["open_time_us"] < end_us) & (rebuilt["close_time_us"] > start_us))
+    wanted = np.zeros(len(rebuilt["open"]), np.bool_)
+    for start_us, end_us in ranges:
+        wanted |= (rebuilt["open_time_us"] < end_us) & (rebuilt["close_time_us"] > start_us)
+    rows = np.flatnonzero(wanted)
     rows = rows[np.lexsort((rebuilt["open_time_us"][rows], rebuilt["timeframe_s"][rows]))]
     bars: Columns = {name: column[rows] for name, column in rebuilt.items() if name != "symbol_code"}
     place = _places(stored, bars)

@@ -28,9 +28,10 @@ def source_overrides(settings: Settings, choice: Choice) -> dict[str, str]:
 
 
 def specs(settings: Settings, choice: Choice) -> list[ProcessSpec]:
-    """Simulated exchange and collector (as the source asks), workers, sink and API, each ready when its ``/readyz`` says so."""
+    """Simulated exchange and collector (as the source asks), workers, sink, repair and API, each ready when its ``/readyz`` says so."""
     found = [_worker(settings, index) for index in range(settings.worker.count)]
     found.append(_ours("sink", "infra.sink", settings.sink.health_port, {"sink.health_port": settings.sink.health_port}))
+    found.append(_ours("repair", "infra.repair", settings.repair.health_port, {"repair.health_port": settings.repair.health_port}))
     found.append(_ours("api", "infra.api", settings.api.port, {"ports.api": settings.api.port}, host=settings.api.host))
     if choice != "none":
         after = (*SERVERS, "sim") if choice == "sim" else SERVERS

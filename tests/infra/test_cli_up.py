@@ -67,14 +67,14 @@ def test_probe_of_a_venue_that_refuses_us() -> None:
 
 def test_no_source_starts_no_collector() -> None:
     """`--source none` is for replays."""
-    assert [spec.name for spec in specs(settings(), "none")] == ["worker-0", "sink", "api"]
+    assert [spec.name for spec in specs(settings(), "none")] == ["worker-0", "sink", "repair", "api"]
 
 
 def test_simulated_source_starts_the_exchange_and_points_the_collector_at_it() -> None:
     """The collector runs unchanged: only its addresses differ."""
     given = settings(worker__count="2")
     found = {spec.name: spec for spec in specs(given, "sim")}
-    assert list(found) == ["worker-0", "worker-1", "sink", "api", "collector", "sim"]
+    assert list(found) == ["worker-0", "worker-1", "sink", "repair", "api", "collector", "sim"]
     assert "sim" in found["collector"].after
     pointed = source_overrides(given, "sim")
     assert pointed["collector.rest_url"] == f"http://127.0.0.1:{given.ports.sim}"

@@ -18,7 +18,7 @@ from tests.infra.yaml_subset import load
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = load((ROOT / "docker-compose.yml").read_text("utf-8"))
 SERVICES: dict[str, Any] = COMPOSE["services"]
-OURS = ("registry", "provision", "collector", "worker", "sink", "api")
+OURS = ("registry", "provision", "collector", "worker", "sink", "repair", "api")
 
 
 def test_every_part_of_the_platform_is_a_service() -> None:
@@ -83,7 +83,7 @@ def test_dependencies_are_services(name: str) -> None:
         assert rule["condition"] in ("service_healthy", "service_completed_successfully")
 
 
-@pytest.mark.parametrize("name", ["registry", "collector", "worker", "sink", "api"])
+@pytest.mark.parametrize("name", ["registry", "collector", "worker", "sink", "repair", "api"])
 def test_health_check_asks_the_port_that_the_settings_choose(name: str) -> None:
     """The probe goes where the process listens with exactly these variables."""
     given = {key: value for key, value in SERVICES[name]["environment"].items() if "${" not in value}
@@ -93,6 +93,7 @@ def test_health_check_asks_the_port_that_the_settings_choose(name: str) -> None:
         "collector": settings.collector.health_port,
         "worker": settings.worker.health_port,
         "sink": settings.sink.health_port,
+        "repair": settings.repair.health_port,
         "api": settings.api.port,
     }[name]
     assert f"http://127.0.0.1:{port}/" in SERVICES[name]["healthcheck"]["test"][-1]

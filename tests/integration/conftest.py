@@ -21,7 +21,7 @@ from infra.stack.kafka import free_ports
 from infra.stack.supervisor import Stack
 from tests.integration.containers import container_settings
 
-_PORTS = ("KAFKA", "CONTROLLER", "CLICKHOUSE", "POSTGRES", "REGISTRY", "API", "COLLECTOR", "WORKER", "SINK", "SIM")
+_PORTS = ("KAFKA", "CONTROLLER", "CLICKHOUSE", "POSTGRES", "REGISTRY", "API", "COLLECTOR", "WORKER", "SINK", "REPAIR", "SIM")
 _serial = itertools.count(1)
 
 

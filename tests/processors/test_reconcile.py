@@ -72,9 +72,9 @@ def test_after_publishing_the_bars_are_those_of_all_trades_and_nothing_is_left_t
     everything = rebuild([columns(trades)], TIMEFRAMES, END_US)
     earlier = rebuild([columns(trades, ~np.array(lost))], TIMEFRAMES, END_US)
     stored = as_stored(earlier)
-    first = reconcile(stored, everything, START_US, END_US, Evidence())
+    first = reconcile(stored, everything, [(START_US, END_US)], Evidence())
     after = as_stored(earlier, first.rows)
-    again = reconcile(after, everything, START_US, END_US, Evidence())
+    again = reconcile(after, everything, [(START_US, END_US)], Evidence())
     assert len(again.rows["open"]) == 0
     keys = ["timeframe_s", "open_time_us"]
     wanted = pl.DataFrame({name: everything[name] for name in (*keys, *VALUES)}).cast({"timeframe_s": pl.Int64}).sort(keys)
@@ -109,7 +109,7 @@ def test_a_bar_is_complete_where_nothing_is_missing_and_something_vouches_for_it
     stored = as_stored(bars)
     stored["complete"] = np.array(was)
     evidence = Evidence(missing=span(missing), covered=span(covered), dense=dense_runs(kept["trade_id"], kept["exchange_time_us"]))
-    result = reconcile(stored, bars, START_US, END_US, evidence)
+    result = reconcile(stored, bars, [(START_US, END_US)], evidence)
     changed = {
         (seconds, at): flag
         for seconds, at, flag in zip(
@@ -136,14 +136,16 @@ def test_only_bars_that_touch_the_range_are_published() -> None:
     """``[start, end)``: a bar that ends at the start or begins at the end has nothing of it."""
     trades = [(ms, 10, 1, 1) for ms in range(0, 60_000, 500)]
     bars = rebuild([columns(trades)], ("1s", "1m"), START_US + 60_000_000)
-    found = reconcile(none_stored(), bars, START_US + 10_000_000, START_US + 12_000_000, Evidence())
+    found = reconcile(
+        none_stored(), bars, [(START_US + 10_000_000, START_US + 11_500_000), (START_US + 11_000_000, START_US + 12_000_000)], Evidence()
+    )
     at = [
         (seconds, (time - START_US) // 1_000_000)
         for seconds, time in zip(found.rows["timeframe_s"], found.rows["open_time_us"], strict=True)
     ]
     assert at == [(1, 10), (1, 11), (60, 0)]
     assert found.checked == 3
-    point = reconcile(none_stored(), bars, START_US + 10_000_000, START_US + 10_000_001, Evidence())
+    point = reconcile(none_stored(), bars, [(START_US + 10_000_000, START_US + 10_000_001)], Evidence())
     assert point.rows["open_time_us"].tolist() == [START_US + 10_000_000, START_US]
 
 
@@ -153,7 +155,7 @@ def test_trades_held_back_are_counted_in_the_bars_they_would_be_in() -> None:
     bars = rebuild([columns(trades)], ("1s",), START_US + 5_000_000)
     stored = as_stored({**bars, "complete": np.ones(5, np.int64)})
     held = np.array([0, 999_999, 1_000_000, 4_000_000], np.int64) + START_US
-    found = reconcile(stored, bars, START_US, END_US, Evidence(held_us=held))
+    found = reconcile(stored, bars, [(START_US, END_US)], Evidence(held_us=held))
     assert found.rows["held_count"].tolist() == [2, 1, 1]
     assert found.rows["revision"].tolist() == [1, 1, 1]
 

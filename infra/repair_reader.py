@@ -1,0 +1,249 @@
+"""What the repair reads of one symbol from ClickHouse: trades in pages of bounded size, stored bars, the ledger, what is held back.
+
+Blocking; every method may raise ClickHouseError. Trades come as columns, a page at a time, in order of (time, id): the days of a busy
+market do not fit in memory at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from processors.coverage import LedgerRow, extent, newest
+from processors.reconcile import STORED, Evidence, joined_runs
+from schemas.frames import GAP_COMPLETE, GAP_FILLED
+from schemas.timeframes import MAX_TIME_US, US_PER_SECOND
+
+Array = npt.NDArray[Any]
+Columns = dict[str, Array]
+
+_TRADE: Final = ("trade_id", "price", "size", "side", "exchange_time_us", "receive_time_us")
+_HOUR_US: Final = 3_600 * US_PER_SECOND
+_LOOK_US: Final = (_HOUR_US, 24 * _HOUR_US, 30 * 24 * _HOUR_US)
+"""How far a neighbouring trade is looked for first: the index over times leaves a few granules of an hour, and all of a symbol's of for ever."""
+_SLOT_US: Final = 600 * US_PER_SECOND
+"""Trades are counted by ten minutes before they are read, so that a page never has many more rows than wanted."""
+_OUT_STATES: Final = (1, 4)
+"""Of quarantine: held, discarded. Such trades are not in bars."""
+_HELD_BACK: Final = (
+    "SELECT trade_id FROM (SELECT trade_id, exchange_time_us, state FROM quarantine WHERE {of}"
+    f" ORDER BY trade_id, kafka_offset DESC LIMIT 1 BY trade_id) WHERE state IN {_OUT_STATES}"
+)
+_TRADES_CHANNEL: Final = 1
+
+
+class Neighbour(NamedTuple):
+    """The trade next to a stretch."""
+
+    trade_id: int
+    time_us: int
+
+
+class Clock(NamedTuple):
+    """How far the worker's bars of a symbol are."""
+
+    close_us: int
+    """End of the newest bar of the smallest timeframe; 0 without one."""
+    known_at_us: int
+    """When it was published."""
+
+
+class RepairReader:
+    """Reads one symbol.
+
+    Args:
+        client: blocking ``clickhouse-connect`` client in the stack's database.
+        exchange, symbol: whose rows.
+        page_rows: trades of a page, about.
+    """
+
+    def __init__(self, client: Any, exchange: str, symbol: str, page_rows: int) -> None:
+        self._client = client
+        self._page_rows = page_rows
+        self._parameters: dict[str, Any] = {"e": exchange, "s": symbol}
+
+    def extent(self) -> tuple[int, int] | None:
+        """(first, last) trade time; None without trades. Answered from a projection."""
+        rows = self._rows("SELECT min(exchange_time_us), max(exchange_time_us), count() FROM trades WHERE {of}")
+        first, last, count = rows[0]
+        return (int(first), int(last)) if count else None
+
+    def before(self, time_us: int) -> Neighbour | None:
+        """The last trade before a time that is not held back."""
+        where = f"exchange_time_us < {{t:Int64}} AND exchange_time_us >= {{far:Int64}} AND trade_id NOT IN ({_HELD_BACK})"
+        return self._neighbour(where, "DESC", time_us, -1)
+
+    def after(self, time_us: int) -> Neighbour | None:
+        """The first trade at or after a time."""
+        return self._neighbour("exchange_time_us >= {t:Int64} AND exchange_time_us < {far:Int64}", "", time_us, 1)
+
+    def clock(self, timeframe_s: int) -> Clock:
+        """How far the worker's bars are; bars of the repair do not count."""
+        rows = self._rows(
+            "SELECT close_time_us, known_at_us FROM bars WHERE {of} AND timeframe_s = {f:Int32} AND input_offset >= 0"
+            " ORDER BY open_time_us DESC, revision DESC LIMIT 1",
+            f=timeframe_s,
+        )
+        return Clock(int(rows[0][0]), int(rows[0][1])) if rows else Clock(0, 0)
+
+    def trades(self, start_us: int, end_us: int, seed: Neighbour | None, without: Array) -> Iterator[Columns]:
+        """Pages of the trades in ``[start_us, end_us)``, before them the ``seed``; ids in ``without`` are left out.
+
+        Args:
+            seed: the last trade before, whose price flat bars go on with.
+            without: int64, ascending.
+        """
+        if seed is not None:
+            yield self._page("exchange_time_us = {t:Int64} AND trade_id = {i:Int64}", t=seed.time_us, i=seed.trade_id)
+        low = start_us
+        for high in self._cuts(start_us, end_us):
+            page = self._page("exchange_time_us >= {a:Int64} AND exchange_time_us < {b:Int64}", a=low, b=high)
+            low = high
+            if len(without):
+                keep = ~np.isin(page["trade_id"], without)
+                page = {name: column[keep] for name, column in page.items()}
+            if len(page["trade_id"]):
+                yield page
+
+    def stored(self, start_us: int, end_us: int, timeframes_s: tuple[int, ...]) -> Columns:
+        """Newest revision of each bar that opens in ``[start_us, end_us)``: columns ``processors.reconcile.STORED`` and ``last_receive_time_us``."""
+        names = ", ".join((*STORED, "last_receive_time_us"))
+        table = self._client.query_arrow(
+            f"SELECT {names} FROM bars WHERE exchange = {{e:String}} AND symbol = {{s:String}} AND timeframe_s IN {{f:Array(Int32)}}"
+            " AND open_time_us >= {a:Int64} AND open_time_us < {b:Int64}"
+            " ORDER BY timeframe_s, open_time_us, revision DESC, kafka_offset DESC LIMIT 1 BY timeframe_s, open_time_us",
+            parameters={**self._parameters, "a": start_us, "b": end_us, "f": list(timeframes_s)},
+        )
+        return _numpy(table)
+
+    def newest_bar(self, timeframe_s: int) -> Columns:
+        """The newest bar of a timeframe in its newest revision, as columns of one row (none: of no row)."""
+        table = self._client.query_arrow(
+            f"SELECT {', '.join((*STORED, 'last_receive_time_us', 'is_final', 'input_offset'))} FROM bars"
+            " WHERE exchange = {e:String} AND symbol = {s:String} AND timeframe_s = {f:Int32}"
+            " ORDER BY open_time_us DESC, revision DESC, kafka_offset DESC LIMIT 1",
+            parameters={**self._parameters, "f": timeframe_s},
+        )
+        return _numpy(table)
+
+    def held_back(self, start_us: int, end_us: int) -> tuple[Array, Array]:
+        """(ids, times) of trades in the range whose newest word is held or discarded; ids ascending."""
+        rows = self._rows(
+            "SELECT trade_id, exchange_time_us FROM (SELECT trade_id, exchange_time_us, state FROM quarantine WHERE {of}"
+            " AND exchange_time_us >= {a:Int64} AND exchange_time_us < {b:Int64} ORDER BY trade_id, kafka_offset DESC LIMIT 1 BY trade_id)"
+            f" WHERE state IN {_OUT_STATES} ORDER BY trade_id",
+            a=start_us,
+            b=end_us,
+        )
+        found = np.array(rows, np.int64).reshape(-1, 2)
+        return found[:, 0], found[:, 1]
+
+    def ledger(self, start_us: int, end_us: int) -> list[LedgerRow]:
+        """Valid rows of the coverage ledger that speak of ``[start_us, end_us)``."""
+        columns = "gap_id, start_time_us, end_time_us, state, evidence, first_missing_id, last_missing_id, recovered, receive_time_us"
+        rows = self._rows(
+            f"SELECT {columns} FROM (SELECT {columns}, kafka_offset FROM gaps WHERE {{of}} AND channel = {_TRADES_CHANNEL}"
+            " ORDER BY kafka_offset DESC LIMIT 1 BY gap_id, if(gap_id < 0, kafka_offset, 0))"
+            " WHERE start_time_us < {b:Int64} AND (end_time_us >= {a:Int64} OR end_time_us < start_time_us) ORDER BY kafka_offset",
+            a=start_us,
+            b=end_us,
+        )
+        return newest(LedgerRow(*(int(value) for value in row)) for row in rows)
+
+    def evidence(self, start_us: int, end_us: int, seed: Neighbour | None, after: Neighbour | None, held_us: Array) -> Evidence:
+        """What is known to be missing in ``[start_us, end_us)``, and what vouches that nothing is."""
+        missing, covered = [], []
+        for row in self.ledger(start_us, end_us):
+            if row.state in (GAP_COMPLETE, GAP_FILLED):
+                covered.append(extent(row))
+            else:
+                missing.append((row.start_time_us, row.end_time_us))
+        return Evidence(
+            missing=np.array(missing, np.int64).reshape(-1, 2),
+            covered=np.array(covered, np.int64).reshape(-1, 2),
+            dense=self._dense(start_us, end_us, seed, after),
+            held_us=np.sort(held_us),
+        )
+
+    def _dense(self, start_us: int, end_us: int, seed: Neighbour | None, after: Neighbour | None) -> Array:
+        """Runs of ids without a hole from the trade before to the trade after; one count where there is no hole at all."""
+        first, last, count = self._rows(
+            "SELECT min(trade_id), max(trade_id), count() FROM trades WHERE {of} AND exchange_time_us >= {a:Int64} AND exchange_time_us < {b:Int64}",
+            a=start_us,
+            b=end_us,
+        )[0]
+        ids = [int(first), int(last)] if count else []
+        ids += [seed.trade_id] if seed is not None else []
+        ids += [after.trade_id] if after is not None else []
+        if len(ids) < 2:
+            return np.zeros((0, 2), np.int64)
+        low, high = min(ids), max(ids)
+        times = self._rows(
+            "SELECT count(), argMin(exchange_time_us, trade_id), argMax(exchange_time_us, trade_id) FROM trades WHERE {of}"
+            " AND trade_id >= {l:Int64} AND trade_id <= {h:Int64}",
+            l=low,
+            h=high,
+        )[0]
+        if int(times[0]) == high - low + 1:
+            return np.array([[int(times[1]), int(times[2])]], np.int64)
+        return joined_runs(self._ids(low, high))
+
+    def _ids(self, low: int, high: int) -> Iterator[tuple[Array, Array]]:
+        while low <= high:
+            table = self._client.query_arrow(
+                "SELECT trade_id, exchange_time_us FROM trades WHERE exchange = {e:String} AND symbol = {s:String}"
+                " AND trade_id >= {l:Int64} AND trade_id <= {h:Int64} ORDER BY trade_id LIMIT {n:UInt64}",
+                parameters={**self._parameters, "l": low, "h": high, "n": self._page_rows},
+            )
+            page = _numpy(table)
+            if not len(page["trade_id"]):
+                return
+            yield page["trade_id"], page["exchange_time_us"]
+            low = int(page["trade_id"][-1]) + 1
+
+    def _cuts(self, start_us: int, end_us: int) -> Iterator[int]:
+        """Ends of the pages, the last is ``end_us``."""
+        rows = self._rows(
+            "SELECT intDiv(exchange_time_us, {w:Int64}) AS slot, count() FROM trades WHERE {of}"
+            " AND exchange_time_us >= {a:Int64} AND exchange_time_us < {b:Int64} GROUP BY slot ORDER BY slot",
+            w=_SLOT_US,
+            a=start_us,
+            b=end_us,
+        )
+        waiting = 0
+        for slot, count in rows:
+            if waiting and waiting + count > self._page_rows:
+                yield int(slot) * _SLOT_US
+                waiting = 0
+            waiting += count
+        if waiting:
+            yield end_us
+
+    def _page(self, where: str, **parameters: int) -> Columns:
+        text = f"SELECT {', '.join(_TRADE)} FROM trades WHERE exchange = {{e:String}} AND symbol = {{s:String}} AND {where}"
+        table = self._client.query_arrow(f"{text} ORDER BY exchange_time_us, trade_id", parameters={**self._parameters, **parameters})
+        return _numpy(table)
+
+    def _neighbour(self, where: str, direction: str, time_us: int, sign: int) -> Neighbour | None:
+        for far in (*_LOOK_US, MAX_TIME_US):
+            rows = self._rows(
+                f"SELECT trade_id, exchange_time_us FROM trades WHERE {{of}} AND {where}"
+                f" ORDER BY exchange_time_us {direction}, trade_id {direction} LIMIT 1",
+                t=time_us,
+                far=time_us + sign * far,
+            )
+            if rows:
+                return Neighbour(int(rows[0][0]), int(rows[0][1]))
+        return None
+
+    def _rows(self, sql: str, **parameters: Any) -> Any:
+        text = sql.replace("{of}", "exchange = {e:String} AND symbol = {s:String}")
+        return self._client.query(text, parameters={**self._parameters, **parameters}).result_rows
+
+
+def _numpy(table: Any) -> Columns:
+    names: Mapping[int, str] = dict(enumerate(table.column_names))
+    return {name: table.column(place).to_numpy() for place, name in names.items()}

@@ -1,0 +1,77 @@
+"""The repair on the real stack: the bars stored are the bars of the trades stored, whatever came late, and every version is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from infra.export import export
+from schemas.frames import END_OF_SOURCE, GAP_FILLED, GAP_UNFILLABLE, HISTORY
+from tests.integration.conftest import RunningStack
+from tests.integration.repair_chain import SECOND, START_US, Chain, Feed, market, no_fault, running, values
+
+KEYS = ["timeframe_s", "open_time_us"]
+
+
+@pytest.fixture(scope="module")
+def chain(stack: RunningStack) -> Iterator[Chain]:
+    """Worker, sink and repair."""
+    with running(stack, "repair.", "worker", "sink", "repair") as made:
+        yield made
+
+
+async def test_a_hole_marks_its_bars_and_its_filling_makes_them_whole_again(chain: Chain, tmp_path: Path) -> None:
+    """Unfillable: complete = 0, one revision up. Filled after all: bit for bit the bars without a fault; before that the old ones are known."""
+    trades = market(150)
+    hole = (trades["exchange_time_us"] >= START_US + 50 * SECOND) & (trades["exchange_time_us"] < START_US + 63 * SECOND)
+    before, after = (
+        trades.filter(~hole & (pl.col.exchange_time_us < START_US + 60 * SECOND)),
+        trades.filter(~hole & (pl.col.exchange_time_us >= START_US + 60 * SECOND)),
+    )
+    start_us, end_us = int(before["exchange_time_us"][-1]), int(after["exchange_time_us"][0])
+    feed = Feed(chain, "HOLE-USDT")
+    await feed.send(before)
+    await feed.send(after, flags=END_OF_SOURCE)
+    first = chain.newest("HOLE-USDT")
+    await feed.gap(1, start_us, end_us, GAP_UNFILLABLE)
+    (job,) = await chain.until_done("HOLE-USDT", 1)
+    assert (job.reason, job.start_us, job.end_us) == ("gap_unfillable", start_us, end_us + 1)
+    marked = chain.newest("HOLE-USDT")
+    touched = (pl.col.close_time_us > start_us) & (pl.col.open_time_us <= end_us)
+    assert marked.filter(touched)["complete"].to_list() == [0] * marked.filter(touched).height
+    assert_frame_equal(values(marked), values(first))
+    assert_frame_equal(marked.filter(~touched), first.filter(~touched))
+    one_second = marked.filter(touched & (pl.col.timeframe_s == 1))
+    assert one_second.height == (end_us - 1) // SECOND - start_us // SECOND + 1 + (end_us % SECOND == 0)
+    assert set(one_second["revision"]) == {1}
+    known_us = int(chain.bars("HOLE-USDT")["known_at_us"].max())
+
+    await feed.send(trades.filter(hole), source="binance/ws/0/fill", flags=HISTORY)
+    await feed.gap(1, start_us, end_us, GAP_FILLED)
+    jobs = await chain.until_done("HOLE-USDT", 2)
+    assert jobs[0].reason == "gap_filled"
+    whole = chain.newest("HOLE-USDT")
+    truth = no_fault(trades, int(first["close_time_us"].max()))
+    assert_frame_equal(values(whole), values(truth.join(whole.select(KEYS), on=KEYS, how="semi")), check_exact=True)
+    inner = whole.filter((pl.col.timeframe_s == 1) & touched)
+    assert set(inner["complete"]) == {1}
+    versions = chain.bars("HOLE-USDT").filter((pl.col.timeframe_s == 1) & touched)
+    assert versions.group_by(KEYS).len()["len"].to_list() == [3] * inner.height
+    path = tmp_path / "then.parquet"
+    export(
+        chain.settings,
+        "bars",
+        exchange="binance",
+        symbol="HOLE-USDT",
+        timeframe="1s",
+        output=path,
+        file_format="parquet",
+        known_at_us=known_us,
+    )
+    then = marked.filter(pl.col.timeframe_s == 1)
+    assert_frame_equal(pl.read_parquet(path), then.select(pl.read_parquet(path).columns), check_exact=True)
+    feed.close()
