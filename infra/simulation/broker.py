@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from random import Random
@@ -86,7 +86,7 @@ class SimBroker:
         self._answers: list[tuple[Request, list[int]]] = []
         self._syncing = False
         self._era = 0
-        self._waiting: list[asyncio.Future[None]] = []
+        self._waiting: list[tuple[Collection[Place] | None, asyncio.Future[None]]] = []
         self._producers = 0
         self._context = copy_context()
 
@@ -131,7 +131,7 @@ class SimBroker:
         """Come back with what survived."""
         self.up = True
         self.trace.note("broker", "restart", *(f"{name}/{p}={log.synced}" for (name, p), log in self.logs.items() if log.synced))
-        self._wake()
+        self._wake(None)
 
     # -- producing
 
@@ -176,14 +176,14 @@ class SimBroker:
         if era != self._era:
             return
         self._syncing = False
-        for place in self._unsynced:
+        grown, self._unsynced = self._unsynced, {}
+        for place in grown:
             self.logs[place].synced = len(self.logs[place].records)
-        self._unsynced.clear()
         self._committed_synced = dict(self.committed)
         answers, self._answers = self._answers, []
         for request, offsets in answers:
             self._answer(request, offsets)
-        self._wake()
+        self._wake(grown)
 
     def _answer(self, request: Request, offsets: list[int]) -> None:
         producer = request.producer
@@ -196,20 +196,23 @@ class SimBroker:
 
     # -- consuming
 
-    async def changed(self, timeout_s: float) -> None:
-        """Return when records were appended, or after a while."""
+    async def changed(self, timeout_s: float, places: Collection[Place] | None = None) -> None:
+        """Return when records were appended (to one of ``places``) or the broker came back, or after a while."""
         future = self.loop.create_future()
-        self._waiting.append(future)
+        self._waiting.append((places, future))
         timer = self.loop.call_later(timeout_s, _resolve, future)
         try:
             await future
         finally:
             timer.cancel()
 
-    def _wake(self) -> None:
+    def _wake(self, grown: Collection[Place] | None) -> None:
         waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            _resolve(future)
+        for places, future in waiting:
+            if grown is None or places is None or any(place in places for place in grown):
+                _resolve(future)
+            elif not future.done():
+                self._waiting.append((places, future))
 
     def read(self, place: Place, start: int, most: int) -> list[tuple[int, Record]]:
         """Records from ``start`` on that are synced. Raises WouldBlockError while the broker is away."""
@@ -366,7 +369,7 @@ class SimConsumer:
         """Records that are there; waits for the first one at most ``timeout_s``."""
         found = self._take(most)
         if not found:
-            await self._broker.changed(timeout_s)
+            await self._broker.changed(timeout_s, self.positions)
             found = self._take(most)
         return found
 

@@ -6,15 +6,17 @@ The truth is what the market traded. Violations are sentences that name the inva
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from infra.simulation.components import EXCHANGE, SINK_GROUP, describe, emitted_offset, frame_codec
+from infra.simulation.broker import Place, SimBroker
+from infra.simulation.components import EXCHANGE, SINK_GROUP, describe, frame_codec
 from processors.bars import build
+from schemas.frames import Frame
 from schemas.partitions import partition_of
 from schemas.timeframes import timeframe_seconds
 
@@ -34,7 +36,7 @@ def violations(world: World) -> list[str]:
     found: list[str] = []
     found += [f"process: {line}" for line in world.exits]
     found += [f"unhandled: {line}" for line in world.loop.failures]
-    found += [f"not settled: {line}" for line in lagging(world)]
+    found += [f"not settled: {line}" for line in world.unsettled]
     for symbol in world.symbols():
         found += _trades(world, symbol)
         found += _bars(world, symbol)
@@ -46,8 +48,10 @@ def violations(world: World) -> list[str]:
 
 
 def truth(world: World, symbol: str) -> Columns:
-    """What the market traded of a symbol."""
-    return world.exchange.truth(symbol.replace("-", ""))
+    """What the market traded of a symbol until the world was over; it trades on, so that watermarks do."""
+    trades = world.exchange.truth(symbol.replace("-", ""))
+    before = trades["exchange_time_us"] < world.end_us
+    return {name: column[before] for name, column in trades.items()}
 
 
 def _key(symbol: str) -> str:
@@ -58,6 +62,7 @@ def stored_trades(world: World, symbol: str) -> Columns:
     """The stored trades of a symbol, by id."""
     rows = world.store.rows("trades", _key(symbol))
     order = np.argsort(rows["trade_id"], kind="stable")
+    order = order[rows["exchange_time_us"][order] < world.end_us]
     return {name: rows[name][order] for name in _TRADE}
 
 
@@ -90,15 +95,17 @@ def newest_bars(world: World, symbol: str, timeframe: str) -> Columns:
 
 def _bars(world: World, symbol: str) -> list[str]:
     """Stored bars equal those built of the truth in one go, as far as the truth has closed them."""
-    trades = truth(world, symbol)
+    trades = world.exchange.truth(symbol.replace("-", ""))
     if not len(trades["trade_id"]):
         return []
-    frame = pl.DataFrame({"exchange": EXCHANGE, "symbol": symbol, **{name: trades[name] for name in _TRADE}} | {})
+    frame = pl.DataFrame({"exchange": EXCHANGE, "symbol": symbol, **{name: trades[name] for name in _TRADE}})
     found = []
     timeframes = world.scenario.tuning.timeframes
     built = build(frame, list(timeframes))
     for timeframe in timeframes:
-        wanted = _columns(built.filter(pl.col("timeframe") == timeframe)[:-1])  # the last one is open in the truth
+        wanted = _columns(built.filter(pl.col("timeframe") == timeframe))
+        closed = wanted["close_time_us"] <= world.end_us
+        wanted = {name: column[closed] for name, column in wanted.items()}
         have = newest_bars(world, symbol, timeframe)
         opens, held = wanted["open_time_us"], have["open_time_us"]
         rows = world.store.rows("bars", _key(symbol))
@@ -178,26 +185,59 @@ def _client(world: World) -> list[str]:
     return found
 
 
-def lagging(world: World) -> list[str]:
-    """What has not caught up."""
-    found = []
-    broker = world.broker
-    for partition in range(broker.partitions):
-        end = broker.end("trades", partition)
-        emitted = emitted_offset(broker, partition)
-        if emitted < end - 1:
-            found.append(f"worker: partition {partition} is at {emitted} of {end - 1}")
-        for topic in ("trades", "bars"):
-            committed = broker.committed.get((SINK_GROUP, topic, partition), 0)
-            if broker.end(topic, partition) - committed > 8:
-                found.append(f"sink: {topic}/{partition} is at {committed} of {broker.end(topic, partition)}")
-    return [line for line in found if not line.startswith("worker") or not _close(world, line)]
+def collected(world: World) -> Callable[[], bool]:
+    """Whether everything the market traded is published, no gap is open, and the watermark lies beyond the last trade's bar."""
+    newest = {symbol: int(max(truth(world, symbol)["trade_id"], default=-1)) for symbol in world.symbols()}
+    end_us = world.end_us + 1_000_000 * timeframe_seconds(world.scenario.tuning.timeframes[0])
+
+    def done() -> bool:
+        collector = world.outside.hooks.get("collector")
+        if collector is None or not world.processes["collector"].alive:
+            return False
+        if any(True for shard in collector.shards for _ in shard.pipeline.sequencer.open_gaps()):
+            return False
+        world.progress.read()
+        if any(world.progress.newest_id(symbol) < trade_id for symbol, trade_id in newest.items()):
+            return False
+        return all(watermark_us >= end_us for watermark_us in world.progress.watermark_us)
+
+    return done
 
 
-def _close(world: World, line: str) -> bool:
-    """Heartbeats go on for ever: the newest few records are on their way."""
-    words = line.split()
-    return int(words[-1]) - int(words[-3]) <= 4
+class Progress:
+    """How far the topics have come, read record by record as they grow."""
+
+    def __init__(self, broker: SimBroker) -> None:
+        self.watermark_us = [0] * broker.partitions
+        self.emitted = [-1] * broker.partitions
+        """``input_offset`` of the newest bars record made from a trades record."""
+        self._broker = broker
+        self._read: dict[Place, int] = {}
+        self._newest: dict[str, int] = {}
+
+    def newest_id(self, symbol: str) -> int:
+        """Newest trade id of a symbol in the topic, -1 for none."""
+        return self._newest.get(_key(symbol), -1)
+
+    def read(self) -> Progress:
+        """Take in what is new; itself."""
+        for partition in range(self._broker.partitions):
+            for frame in self._frames("trades", partition):
+                self.watermark_us[partition] = max(self.watermark_us[partition], frame.watermark_us)
+                for code, key in enumerate(frame.symbols):
+                    ids = frame.columns["trade_id"][frame.columns["symbol_code"] == code]
+                    if len(ids):
+                        self._newest[key] = max(self._newest.get(key, -1), int(ids.max()))
+            for frame in self._frames("bars", partition):
+                self.emitted[partition] = max(self.emitted[partition], frame.input_offset)
+        return self
+
+    def _frames(self, topic: str, partition: int) -> Iterator[Frame]:
+        log = self._broker.logs[(topic, partition)]
+        start = self._read.get((topic, partition), 0)
+        self._read[(topic, partition)] = log.synced
+        for record in log.records[start : log.synced]:
+            yield frame_codec(topic).decode(record.value)
 
 
 def caught_up(world: World, name: str) -> Callable[[], bool]:
@@ -206,7 +246,7 @@ def caught_up(world: World, name: str) -> Callable[[], bool]:
     partitions = range(broker.partitions)
     if name == "worker":
         ends = [broker.end("trades", partition) for partition in partitions]
-        return lambda: broker.up and all(emitted_offset(broker, partition) >= ends[partition] - 1 for partition in partitions)
+        return lambda: all(world.progress.read().emitted[partition] >= ends[partition] - 1 for partition in partitions)
     if name == "sink":
         wanted = {(topic, p): broker.end(topic, p) for topic in ("trades", "bars") for p in partitions}
         return lambda: all(broker.committed.get((SINK_GROUP, *place), 0) >= end for place, end in wanted.items())
@@ -216,19 +256,7 @@ def caught_up(world: World, name: str) -> Callable[[], bool]:
     if name == "api":
         return lambda: len(world.subscriber.confirmed) == len(world.subscriber.received)
     before = {symbol: int(max(truth(world, symbol)["trade_id"], default=-1)) for symbol in world.symbols()}
-    return lambda: all(_published(world, symbol) >= newest for symbol, newest in before.items())
-
-
-def _published(world: World, symbol: str) -> int:
-    """Newest trade id in the topic."""
-    key = _key(symbol)
-    partition = partition_of(key, world.broker.partitions)
-    log = world.broker.logs[("trades", partition)]
-    for offset in range(log.synced - 1, max(-1, log.synced - 200), -1):
-        frame = frame_codec("trades").decode(log.records[offset].value)
-        if key in frame.symbols and frame.row_count:
-            return int(frame.columns["trade_id"][frame.columns["symbol_code"] == frame.symbols.index(key)].max())
-    return -1
+    return lambda: all(world.progress.read().newest_id(symbol) >= newest for symbol, newest in before.items())
 
 
 def table_hashes(world: World) -> dict[str, str]:
@@ -241,10 +269,9 @@ def table_hashes(world: World) -> dict[str, str]:
     found["trades"] = digest.hexdigest()
     digest = hashlib.sha256()
     for symbol in world.symbols():
-        end_us = int(max(truth(world, symbol)["exchange_time_us"], default=0))
         for timeframe in world.scenario.tuning.timeframes:
             bars = newest_bars(world, symbol, timeframe)
-            closed = bars["close_time_us"] <= end_us
+            closed = bars["close_time_us"] <= world.end_us
             for name in _BAR:
                 digest.update(name.encode() + np.ascontiguousarray(bars[name][closed]).tobytes())
     found["bars"] = digest.hexdigest()

@@ -28,6 +28,7 @@ from collectors.binance.feed import venue_of
 from collectors.binance.rest import BinanceRest
 from collectors.breaker import Breaker, BreakerConfig
 from collectors.errors import BreakerOpenError, VenueError
+from collectors.stale import StaleConfig
 from infra.clickhouse.schema import TABLES
 from infra.collector_resume import _learn as learn_position
 from infra.kafka import producer_config
@@ -63,6 +64,12 @@ class Tuning:
     partitions: int = 2
     timeframes: tuple[str, ...] = ("1s", "1m")
     linger_ms: float = 250.0
+    check_s: float = 0.5
+    """Between two looks of the collector at its connection."""
+    probe_silence_s: float = 1.5
+    """Silence after which the collector pings: longer than the market's step."""
+    live_interval_us: int = 2_000_000
+    """Between two updates of an open bar."""
     heartbeat_ms: float = 1_000.0
     snapshot_interval_s: float = 5.0
     sink_linger_s: float = 1.0
@@ -172,7 +179,10 @@ def collector_config(tuning: Tuning) -> CollectorConfig:
         heartbeat_ms=tuning.heartbeat_ms,
     )
     return CollectorConfig(
-        batcher=batcher, backoff=BackoffConfig(initial_s=0.5, maximum_s=2.0), breaker=BreakerConfig(failures=20, open_s=2.0)
+        stale=StaleConfig(probability=3e-3),  # a feed of one chunk a second: 6 s of silence instead of 15
+        batcher=batcher,
+        backoff=BackoffConfig(initial_s=0.5, maximum_s=2.0),
+        breaker=BreakerConfig(failures=20, open_s=2.0),
     )
 
 
@@ -237,7 +247,7 @@ async def run_worker(outside: Outside) -> None:
     broker, tuning = outside.broker, outside.tuning
     await outside.broker_is_up()
     runner = BarRunner(
-        config=BarConfig(timeframes=tuning.timeframes),
+        config=BarConfig(timeframes=tuning.timeframes, live_interval_us=tuning.live_interval_us),
         codecs=bar_codecs(),
         sender=outside.producer(clock),
         open_log=lambda partition: SimStateLog(broker, partition),
@@ -425,7 +435,10 @@ async def run_api(outside: Outside) -> None:
     limits = replace(StreamLimits(), heartbeat_s=30.0)
     hub = Hub(frames, knowledge, clock, outside.tuning.partitions, limits)
     await hub.start()
-    stream = StreamApp(hub, _EveryInstrument(), Metrics(), clock, limits)  # type: ignore[arg-type]
+    parts: dict[str, Any] = {"hub": hub, "catalogue": _EveryInstrument(), "metrics": Metrics(), "clock": clock, "limits": limits}
+    if "feeds" in StreamApp.__init__.__annotations__:
+        parts["feeds"] = None  # nobody subscribes to a session here
+    stream = StreamApp(**parts)
     outside.hooks["stream"] = (PROCESS.get(), stream)
     await asyncio.get_running_loop().create_future()
 

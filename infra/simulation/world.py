@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Final
 
+from collectors import session
 from collectors.simulated.config import ServerConfig
 from collectors.simulated.exchange import ExchangeConfig
 from collectors.simulated.regimes import MarketConfig
@@ -43,8 +44,8 @@ _MAINS: Final[dict[str, Callable[[Outside], Coroutine[Any, Any, None]]]] = {
 }
 _WARM_S: Final = 4.0
 """Trading without faults before them, so that every symbol has traded: a feed that never gave a trade has no past to compare with."""
-_SETTLE_S: Final = 14.0
-"""After the last trade: holds are over (10 s), gaps are filled, everything is stored."""
+_SETTLE_S: Final = 90.0
+"""Each stage may take so long after the last trade: a connection that fell silent is noticed and its gap filled meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +113,11 @@ class World:
         self.kills: dict[str, int] = {}
         self.recovery_s: dict[str, list[float]] = {}
         self.exits: list[str] = []
+        self.unsettled: list[str] = []
         self.over = False
+        self.end_us = 2**62
+        """Trades before it must all be there; the market goes on, so that watermarks do."""
+        self.progress = checks.Progress(self.broker)
         self._context = copy_context()
         self._recovering: dict[str, tuple[float, Callable[[], bool]]] = {}
 
@@ -122,7 +127,7 @@ class World:
         """Run it to its end and check what is left."""
         clock = SystemClock()
         started_us = clock.monotonic_us()
-        with _calm(self.scenario.seed):
+        with _calm(self.scenario.seed), _paced(self.scenario.tuning):
             try:
                 self.loop.run(self._live())
                 violations = checks.violations(self)
@@ -157,11 +162,25 @@ class World:
         await asyncio.sleep(scenario.duration_s)
         await faults
         self._calm_down()
-        await asyncio.sleep(2.0)
-        market.set_rate(0.0)
-        await asyncio.sleep(_SETTLE_S)
-        await self._until(self._settled, 60.0)
+        await asyncio.sleep(1.0)
+        self.end_us = self.loop.now_us
         self.over = True
+        await self._settle()
+
+    async def _settle(self) -> None:
+        """Wait until nothing is under way any more; what does not get there is a violation of its own."""
+        stages: tuple[tuple[str, Callable[[], Callable[[], bool]]], ...] = (
+            ("processes", lambda: self._all_alive),
+            ("collector", lambda: checks.collected(self)),
+            ("worker", lambda: checks.caught_up(self, "worker")),
+            ("sink", lambda: checks.caught_up(self, "sink")),
+            ("api", lambda: checks.caught_up(self, "api")),
+        )
+        await asyncio.sleep(1.0)
+        for name, stage in stages:
+            if not await self._until(stage(), _SETTLE_S):
+                self.unsettled.append(f"the {name} had not caught up {_SETTLE_S:g} s after the last trade")
+            await asyncio.sleep(2 * self.scenario.tuning.linger_ms / 1_000)  # what is done may still be on its way out
 
     def _close(self) -> None:
         for process in [*self.dead, *self.processes.values()]:
@@ -189,8 +208,8 @@ class World:
 
     def _open_client(self) -> None:
         symbols = self.symbols()
-        wanted: list[Series] = [("trades", EXCHANGE, symbol, "") for symbol in symbols]
-        wanted += [("bars", EXCHANGE, symbol, self.scenario.tuning.timeframes[0]) for symbol in symbols]
+        timeframe = self.scenario.tuning.timeframes[0]
+        wanted: list[Series] = [("trades", EXCHANGE, symbols[0], ""), ("bars", EXCHANGE, symbols[-1], timeframe)]
         process = self.processes["client"] = Process("client")
         self.subscriber = Subscriber(self.outside, wanted)
         self.loop.spawn(process, self.subscriber.run())
@@ -216,7 +235,8 @@ class World:
         error = None if task.cancelled() else task.exception()
         self.exits.append(f"{process} ended by itself: {error!r}")
         self.trace.note("exit", process, repr(error))
-        self.kill(process)
+        process.alive = False  # a process that ends by itself is a violation: it is not started again, so that its reason is told once
+        self.dead.append(process)
 
     def kill(self, process: Process) -> None:
         """Kill -9, and a restart some time later, as the supervisor does it."""
@@ -330,25 +350,28 @@ class World:
 
     # -- waiting
 
-    async def _until(self, done: Callable[[], bool], most_s: float) -> None:
+    async def _until(self, done: Callable[[], bool], most_s: float) -> bool:
         deadline = self.loop.time() + most_s
-        while not done() and self.loop.time() < deadline:
+        while not done():
+            if self.loop.time() >= deadline:
+                return False
             await asyncio.sleep(0.25)
+        return True
 
     def _ready(self) -> bool:
         collector = self.outside.hooks.get("collector")
         shards = collector.shards if collector is not None else []
         return bool(shards) and all(shard.is_live for shard in shards) and len(self.subscriber.confirmed) == len(self.subscriber.received)
 
-    def _settled(self) -> bool:
-        return self.broker.up and all(process.alive for process in self.processes.values()) and not checks.lagging(self)
+    def _all_alive(self) -> bool:
+        return self.broker.up and all(process.alive for process in self.processes.values())
 
     # -- recovery
 
     def _watch(self, name: str) -> None:
         """Measure how long a restarted component needs to catch up with what there is now."""
         self._recovering[name] = (self.loop.time(), checks.caught_up(self, name))
-        self.loop.call_later(0.05, self._look, name)
+        self.loop.call_later(0.05, self._look, name, context=self._context)
 
     def _look(self, name: str) -> None:
         entry = self._recovering.get(name)
@@ -385,6 +408,20 @@ def _calm(seed: int) -> Iterator[None]:
         logging.disable(urandom_level)
         if collecting:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _paced(tuning: Tuning) -> Iterator[None]:
+    """Waits that are constants of the product, as the world's rates want them."""
+    wanted = {"CHECK_S": tuning.check_s, "PROBE_SILENCE_US": int(tuning.probe_silence_s * 1e6)}
+    before = {name: getattr(session, name) for name in wanted}
+    for name, value in wanted.items():
+        setattr(session, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(session, name, value)
 
 
 def simulate(scenario: Scenario, tell: Callable[[str], None] | None = None) -> Result:
