@@ -14,7 +14,7 @@ from collectors.replay.csv_reader import read_csv
 from collectors.replay.errors import FormatError, NoRowsError
 from collectors.replay.kraken_rest import MAX_BYTES, parse_kraken
 from collectors.replay.layout import AGG_TRADES, MARKETSTREAM, TRADES, find_layout
-from collectors.replay.lines import BLOCK_BYTES, line_blocks, without_header
+from collectors.replay.lines import BLOCK_BYTES, LineBlock, line_blocks, without_header
 from collectors.replay.rows import Block
 from schemas.errors import VocabularyError
 from schemas.symbols import Instrument
@@ -85,6 +85,16 @@ class Reader:
             yield block
         if not rows:
             raise NoRowsError(self.path, self._nothing())
+
+    def read_line(self, raw: bytes, line: int) -> Block:
+        """One line parsed as one of this file's. Raises FormatError where the file has no lines: columnar, or one whole reply."""
+        if self._columnar is not None or self.format == KRAKEN:
+            raise FormatError(self.path, f"is {self.format} without lines, so none can be parsed again: replay a corrected file.")
+        lines = [LineBlock(data=raw, first_line=line)]
+        if self.format == CAPTURE:
+            reader = CaptureReader(self.path, self.instrument, prefers_trades=b'"aggTrade"' not in raw, on_symbol=self._note_symbol)
+            return next(reader.read(lines))
+        return next(read_csv(lines, self._layout, self.instrument, self._note_symbol))
 
     def _blocks(self) -> Iterator[Block]:
         if self._columnar is not None:

@@ -33,6 +33,8 @@ config_app = typer.Typer(help="Settings: what they are and where they came from.
 export_app = typer.Typer(help="Write stored rows into a file.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(export_app, name="export")
+deadletter_app = typer.Typer(help="What could not be processed, and what is done about it.", no_args_is_help=True)
+app.add_typer(deadletter_app, name="deadletter")
 schemas_app = typer.Typer(help="Schemas of the topics, and whether releases can live side by side.", no_args_is_help=True)
 app.add_typer(schemas_app, name="schemas")
 
@@ -260,6 +262,72 @@ def config_show(data_dir: DataDir = None, as_json: Json = False, debug: Debug = 
     from infra.cli.catalogue import config_show as run
 
     run(Output(as_json=as_json), data_dir=data_dir)
+
+
+@deadletter_app.command("list")
+def deadletter_list(
+    reason: Annotated[str | None, typer.Option(help="Only of this reason, e.g. too_late.")] = None,
+    exchange: Annotated[str | None, typer.Option(help="Only of this venue.")] = None,
+    symbol: Annotated[str | None, typer.Option(help="Only of this symbol.")] = None,
+    component: Annotated[str | None, typer.Option(help="Only what this one gave up: collector, worker, sink, replay.")] = None,
+    since: Annotated[str | None, typer.Option(help="Published since this time, or how long ago: 10m.")] = None,
+    state: Annotated[str | None, typer.Option(help="open, retried, dropped or repaired.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most that many, the newest.")] = 50,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List dead letters with their state, newest first."""
+    from infra.cli.deadletter import list_letters as run
+
+    run(
+        Output(as_json=as_json),
+        data_dir=data_dir,
+        reason=reason,
+        exchange=exchange,
+        symbol=symbol,
+        component=component,
+        since=since,
+        state=state,
+        limit=limit,
+    )
+
+
+LetterIds = Annotated[list[int] | None, typer.Argument(min=0, help="Ids, as `deadletter list` shows them.")]
+LetterReason = Annotated[str | None, typer.Option("--reason", help="All open ones of this reason, instead of ids.")]
+
+
+@deadletter_app.command("show")
+def deadletter_show(
+    letter: Annotated[int, typer.Argument(min=0, help="Id, as `deadletter list` shows it.")],
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """One dead letter with its bytes."""
+    from infra.cli.deadletter import show as run
+
+    run(Output(as_json=as_json), data_dir=data_dir, letter=letter)
+
+
+@deadletter_app.command("retry")
+def deadletter_retry(
+    letters: LetterIds = None, reason: LetterReason = None, data_dir: DataDir = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Try dead letters again, the normal way; bars they belong to are made anew. Exit code 1 when one failed again."""
+    from infra.cli.deadletter import retry as run
+
+    raise typer.Exit(run(Output(as_json=as_json), data_dir=data_dir, letters=letters or [], reason=reason))
+
+
+@deadletter_app.command("drop")
+def deadletter_drop(
+    letters: LetterIds = None, reason: LetterReason = None, data_dir: DataDir = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Decide that nothing more is done about dead letters; they stay stored."""
+    from infra.cli.deadletter import drop as run
+
+    raise typer.Exit(run(Output(as_json=as_json), data_dir=data_dir, letters=letters or [], reason=reason))
 
 
 @schemas_app.command("check")
