@@ -66,7 +66,7 @@ class LetterStates(Protocol):
 class Letters:
     """Reads letters, newest first."""
 
-    def __init__(self, store: HistoryStore, states: LetterStates) -> None:
+    def __init__(self, store: HistoryStore, states: LetterStates | None) -> None:
         self._store = store
         self._states = states
 
@@ -116,7 +116,7 @@ class Letters:
         return [msgspec.json.decode(line) for line in body.splitlines()]
 
     async def _with_states(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        states = await self._states.states(rows) if rows else {}
+        states = await self._states.states(rows) if rows and self._states is not None else {}
         plain = LetterState()
         for row in rows:
             known = states.get(row["id"], plain)
