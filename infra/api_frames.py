@@ -18,8 +18,10 @@ from api.deps import Record
 from api.errors import PositionLostError, StoreUnavailableError
 from infra.errors import MarketstreamError
 from infra.kafka import consumer_config
+from infra.kafka_lag import KafkaLag
 from infra.registry_client import RegistryClient
 from infra.settings import Settings
+from infra.watchdog import Waiting
 from schemas.codec import HEADER_BYTES, FrameCodec
 from schemas.errors import DecodeError
 from schemas.frames import Frame
@@ -63,6 +65,22 @@ class KafkaFrames:
         self._failure = "Kafka has not answered yet."
         self._admin: AdminClient | None = None
         self._positions: dict[tuple[str, int], tuple[int, int]] = {}
+        self._lag = KafkaLag(settings.kafka)
+        self._standing = self._failure
+
+    # -- infra.watchdog.Work
+
+    verb = "handed to subscribers"
+
+    def done(self) -> int:
+        """See Work.done."""
+        return sum(offset for _, offset in list(self._positions.values()))
+
+    def waiting(self) -> Waiting:
+        """See Work.waiting."""
+        if self._standing:
+            return Waiting(blocked={"kafka": self._standing})
+        return self._lag.waiting({place: offset for place, (_, offset) in list(self._positions.items())})
 
     # -- api.deps.FrameSource
 
@@ -136,9 +154,10 @@ class KafkaFrames:
             try:
                 self._prepare()
                 self._assign(consumer)
+                self._standing = ""
                 self._run(consumer)
             except (KafkaException, MarketstreamError) as exc:
-                self._failure = f"Kafka does not answer as it should ({exc})."
+                self._standing = self._failure = f"Kafka does not answer as it should ({exc})."
                 logger.warning("The live tail stands still: %s", self._failure)
                 self._stop.wait(_RETRY_S)
             finally:
@@ -176,6 +195,9 @@ class KafkaFrames:
         for place in moved:
             self._tell(place.topic, place.partition, place.offset)
         consumer.assign(places)
+        for place in places:
+            topic = place.topic[len(self._prefix) :]
+            self._positions[(topic, place.partition)] = (self._epochs[topic], place.offset)
 
     def _run(self, consumer: Consumer) -> None:
         """Hand batches over until stopped. Raises KafkaException where the tail must begin anew."""

@@ -39,6 +39,7 @@ from infra.spool import Spool, SpoolConfig, SpoolFullError
 from infra.spool_files import DiskFiles
 from infra.spool_sink import SpoolSink
 from infra.symbol_store import SymbolStore
+from infra.watchdog import Monitor, Waiting
 from schemas.errors import SchemaError, VocabularyError
 from schemas.symbols import check_symbol
 
@@ -112,6 +113,21 @@ class CollectorProcess:
     def stop(self) -> None:
         """Drain and end."""
         self._stopping.set()
+
+    # infra.watchdog.Work
+
+    verb = "sent or spooled"
+
+    def done(self) -> int:
+        """See Work.done; heartbeats count, so a quiet market is progress."""
+        return self._sink.taken_records
+
+    def waiting(self) -> Waiting:
+        """See Work.waiting: a heartbeat is due every half second while a feed is live."""
+        if self._sink.is_full:
+            return Waiting(blocked=self._sink.reasons())
+        shards = [] if self._collector is None else list(self._collector.shards)
+        return Waiting(count=sum(shard.is_live for shard in shards))
 
     def reasons(self) -> dict[str, str]:
         """Why the collector is not ready."""
@@ -335,7 +351,8 @@ def open_spool(settings: Settings) -> Iterator[Spool]:
 
 async def _run(process: CollectorProcess, settings: Settings, registry: RegistryClient, metrics: CollectorMetrics) -> None:
     REGISTRY.register(metrics)
-    health = HealthServer(settings.collector.health_port, process.reasons).start()
+    monitor = Monitor(process, settings.watchdog.stuck_s, SystemClock())
+    health = HealthServer(settings.collector.health_port, process.reasons, monitor=monitor).start()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, process.stop)

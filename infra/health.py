@@ -1,4 +1,4 @@
-"""The small HTTP server of every process without a REST interface: ``/livez``, ``/readyz`` with reasons, ``/metrics``."""
+"""The small HTTP server of every process without a REST interface: ``/livez``, ``/readyz`` with reasons, ``/progress``, ``/metrics``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Self
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 
 from infra.errors import PortInUseError
+from infra.watchdog import Monitor
 
 Reasons = Callable[[], dict[str, str]]
 """Name of what is not ready -> one sentence; {} when ready. Called from the server's thread; must not block."""
@@ -22,10 +23,21 @@ class HealthServer:
     Args:
         port: loopback port; 0 picks a free one.
         reasons: asked on each ``/readyz``.
+        monitor: started and stopped with the server; ``/livez`` is 503 when it finds the process stuck, and its reasons are among those
+            of ``/readyz``. Without one ``/livez`` says that the process runs.
     """
 
-    def __init__(self, port: int, reasons: Reasons, *, registry: CollectorRegistry = REGISTRY, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        port: int,
+        reasons: Reasons,
+        *,
+        monitor: Monitor | None = None,
+        registry: CollectorRegistry = REGISTRY,
+        host: str = "127.0.0.1",
+    ) -> None:
         self._reasons = reasons
+        self._monitor = monitor
         self._registry = registry
         try:
             self._server = ThreadingHTTPServer((host, port), self._handler())
@@ -44,22 +56,30 @@ class HealthServer:
     def start(self) -> Self:
         """Begin to serve."""
         self._thread.start()
+        if self._monitor is not None:
+            self._monitor.start()
         return self
 
     def stop(self) -> None:
         """Stop serving and close the port."""
+        if self._monitor is not None:
+            self._monitor.stop()
         self._server.shutdown()
         self._server.server_close()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
-        reasons, registry = self._reasons, self._registry
+        reasons, registry, monitor = self._reasons, self._registry, self._monitor
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:  # noqa: N802 - the name http.server calls
                 if self.path == "/livez":
-                    self._answer(200, b'{"status":"ok"}')
+                    stuck = "" if monitor is None else monitor.stuck()
+                    body = json.dumps({"status": "stuck", "reason": stuck} if stuck else {"status": "ok"}).encode()
+                    self._answer(503 if stuck else 200, body)
+                elif self.path == "/progress":
+                    self._answer(200, json.dumps({} if monitor is None else monitor.document()).encode())
                 elif self.path == "/readyz":
-                    found = reasons()
+                    found = {**({} if monitor is None else monitor.reasons()), **reasons()}
                     body = json.dumps({"status": "not ready" if found else "ok", "reasons": found}).encode()
                     self._answer(503 if found else 200, body)
                 elif self.path == "/metrics":

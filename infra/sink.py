@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,16 +16,19 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from prometheus_client import Counter, Gauge, Histogram
 
-from infra.clickhouse.client import connect
+from infra.clickhouse.client import answers, connect
 from infra.clickhouse.schema import TABLES
 from infra.clickhouse.store import ClickHouseStore
-from infra.errors import DataDirError, MarketstreamError, UnreachableError
+from infra.errors import DataDirError, MarketstreamError
 from infra.health import HealthServer
 from infra.kafka import consumer_config, partition_count, producer_config, unreachable
+from infra.kafka_lag import KafkaLag
 from infra.logs import setup_logging
 from infra.progress import SINK_GROUP
 from infra.registry_client import RegistryClient
+from infra.seam import SystemClock
 from infra.settings import Settings, load_settings
+from infra.watchdog import Monitor, Waiting
 from schemas.errors import DecodeError
 from schemas.topics import TOPICS
 from streams.deadletters import dead_letter
@@ -33,6 +38,11 @@ logger = logging.getLogger(__name__)
 
 _POLL_S: Final = 0.1
 _RETRY_MAX_S: Final = 5.0
+_STORE_TIMEOUT_S: Final = 30
+"""An insert takes 0.1 to 2 s; one that hangs longer is tried again, which its token makes harmless."""
+_SLOW_STORE_S: Final = 2.0
+_DRAIN_S: Final = 4.5
+"""SIGTERM to exit at the latest, also while a server hangs: what is not committed is read again."""
 _FETCH: Final = {"fetch.min.bytes": 256 * 1024, "fetch.wait.max.ms": 100}
 """The sink stores batches, so it need not be told of each record at once: at 10,000 trades/s that was 800 fetches a second."""
 _APPROXIMATE_ROW_BYTES: Final = 45
@@ -52,6 +62,10 @@ class _Pending:
     since: float = 0.0
 
 
+class _StoppedError(Exception):
+    """Asked to stop while ClickHouse is away."""
+
+
 class Sink:
     """The loop: consume, batch, insert, commit. One thread; ``stop()`` from a signal handler ends it after the current batch."""
 
@@ -60,17 +74,52 @@ class Sink:
         self._stopping = False
         self._trouble: dict[str, str] = {"start": "The sink is starting."}
         self._registry = RegistryClient.from_settings(settings)
-        self._client = connect(settings.clickhouse)
+        self._client = connect(settings.clickhouse, timeout_s=_STORE_TIMEOUT_S)
         self._store = ClickHouseStore(self._client)
         self._consumer = Consumer(consumer_config(settings.kafka, SINK_GROUP, **_FETCH))
         self._letters = Producer(producer_config(settings.kafka))
         self._letter_codec = self._registry.row_codec("deadletter")
         self._sinks = {name: self._topic_sink(name) for name in TABLES}
         self._pending = {name: _Pending() for name in TABLES}
+        self._lag = KafkaLag(settings.kafka)
+        self._positions: dict[tuple[str, int], int] = {}
+        self._storing_since = 0.0
+        self._stored_records = 0
 
     def stop(self) -> None:
-        """End after what is in hand is stored."""
-        self._stopping = True
+        """End after what is in hand is stored, or after ``_DRAIN_S`` without it."""
+        if not self._stopping:
+            self._stopping = True
+            timer = threading.Timer(_DRAIN_S, self._leave)
+            timer.daemon = True
+            timer.start()
+
+    @staticmethod
+    def _leave() -> None:
+        logger.warning(
+            "A server did not answer within %.1f s of the request to stop; what is not stored is read again at the next start.", _DRAIN_S
+        )
+        logging.shutdown()
+        os._exit(0)
+
+    # infra.watchdog.Work
+
+    verb = "stored"
+
+    def done(self) -> int:
+        """See Work.done."""
+        return self._stored_records
+
+    def waiting(self) -> Waiting:
+        """See Work.waiting."""
+        since = self._storing_since
+        if trouble := self._trouble.get("clickhouse"):
+            return Waiting(blocked={"clickhouse": trouble})
+        if since and time.monotonic() - since > _SLOW_STORE_S and not answers(self._settings.clickhouse):
+            return Waiting(
+                blocked={"clickhouse": f"ClickHouse at {self._settings.clickhouse.url} does not answer; an insert waits for it."}
+            )
+        return self._lag.waiting(dict(self._positions))
 
     def reasons(self) -> dict[str, str]:
         """Why the sink is not ready."""
@@ -78,6 +127,14 @@ class Sink:
 
     def run(self) -> None:
         """Store until :meth:`stop`. Raises UnreachableError when Kafka refuses."""
+        try:
+            self._run()
+        except _StoppedError:
+            logger.warning("ClickHouse is away; what is not stored is read again at the next start.")
+        self._letters.flush(1)
+        self._consumer.close()
+
+    def _run(self) -> None:
         self._assign()
         self._trouble.clear()
         limit = self._settings.sink.max_rows * _APPROXIMATE_ROW_BYTES
@@ -103,8 +160,6 @@ class Sink:
         for name, pending in self._pending.items():
             if pending.records:
                 self._flush(name, pending)
-        self._letters.flush(5)
-        self._consumer.close()
 
     def _assign(self) -> None:
         kafka = self._settings.kafka
@@ -123,6 +178,7 @@ class Sink:
                 name = place.topic.removeprefix(kafka.topic_prefix)
                 self._sinks[name].resume(place.partition, start)
                 self._check_same_topic(name, place.partition, high)
+                self._positions[(name, place.partition)] = start
                 positions.append(TopicPartition(place.topic, place.partition, start))
         except KafkaException as exc:
             raise unreachable(kafka, exc) from exc
@@ -151,6 +207,8 @@ class Sink:
             ROWS.labels(name).inc(batch.row_count)
             LAST_STORED.set_to_current_time()
         DUPLICATES.labels(name).inc(sink.duplicates - before)
+        self._stored_records += len(pending.records)
+        self._positions.update({(name, record.partition): record.offset + 1 for record in pending.records})
         self._commit(name, pending.records)
         self._pending[name] = _Pending()
 
@@ -170,6 +228,7 @@ class Sink:
         """The result of ``call``, tried again while ClickHouse is away or refuses: a stored batch is never given up."""
         wait_s = 0.1
         while True:
+            self._storing_since = time.monotonic()
             try:
                 result = call()
             except (ClickHouseError, OSError) as exc:
@@ -177,13 +236,24 @@ class Sink:
                 self._trouble["clickhouse"] = f"ClickHouse at {self._settings.clickhouse.url} does not take rows: {detail}"
                 logger.warning("%s; trying again in %.1f s", self._trouble["clickhouse"], wait_s)
                 FAILURES.inc()
-                if self._stopping:
-                    raise UnreachableError(self._trouble["clickhouse"]) from exc
-                time.sleep(wait_s)
+                self._await_store(wait_s)
                 wait_s = min(wait_s * 2, _RETRY_MAX_S)
             else:
                 self._trouble.pop("clickhouse", None)
+                self._storing_since = 0.0
                 return result
+
+    def _await_store(self, wait_s: float) -> None:
+        """Until ClickHouse answers a ping: batches sent to a server that hangs would pile up before its door. Raises _StoppedError."""
+        while True:
+            until = time.monotonic() + wait_s
+            while time.monotonic() < until:
+                if self._stopping:
+                    raise _StoppedError
+                time.sleep(min(0.1, wait_s))
+            if answers(self._settings.clickhouse):
+                return
+            wait_s = min(wait_s * 2, _RETRY_MAX_S)
 
     def _undecodable(self, name: str, record: Received, exc: DecodeError) -> None:
         if name in ("trades", "deadletter"):  # the worker writes the letter for trades; a letter about a letter would never end
@@ -211,7 +281,8 @@ def main() -> int:
         sink = Sink(settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: sink.stop())
-        health = HealthServer(settings.sink.health_port, sink.reasons).start()
+        monitor = Monitor(sink, settings.watchdog.stuck_s, SystemClock())
+        health = HealthServer(settings.sink.health_port, sink.reasons, monitor=monitor).start()
         try:
             sink.run()
         finally:

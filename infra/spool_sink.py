@@ -121,6 +121,8 @@ class SpoolSink:
         self._saved_us = self._synced_us = self._acked_at_us
         self._closing = False
         self._full = ""
+        self.taken_records = 0
+        """Records taken so far, by the producer or the disk."""
         self.spooled_records = 0
         """Records that were written to disk so far."""
         self.full_waits = 0
@@ -189,10 +191,12 @@ class SpoolSink:
     async def _put(self, topic_name: str, partition: int, key: bytes | None, value: bytes) -> None:
         record = Record(self._clock.now_us(), topic_name, partition, key, value)
         if not self._lock.locked() and self._straight(record):
+            self.taken_records += 1
             return
         while True:
             async with self._lock:
                 if self._straight(record) or await self._store(record):
+                    self.taken_records += 1
                     return
             await self._clock.sleep(_FULL_RETRY_S)
 
@@ -320,6 +324,8 @@ class SpoolSink:
         async with self._lock:
             batch = await self._offload(self._spool.read, self._read, self._config.read_bytes)
             if not batch:
+                if self._is_late():  # the broker is still busy with what it was given: what comes would be late at once, and spill again
+                    return False
                 self._spooling = False
                 self._full = ""
                 logger.info("The spool is sent: records go straight to the broker again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,19 +31,36 @@ def address(settings: ClickHouseSettings) -> dict[str, Any]:
     }
 
 
-def connect(settings: ClickHouseSettings, *, database: str | None = "", **options: Any) -> Any:
-    """A connected blocking client. ``database=None`` connects before the database exists. Raises UnreachableError."""
+def connect(settings: ClickHouseSettings, *, database: str | None = "", timeout_s: int = 120, **options: Any) -> Any:
+    """A connected blocking client. ``database=None`` connects before the database exists. Raises UnreachableError.
+
+    ``timeout_s``: longest wait for a piece of an answer.
+    """
     try:
         return clickhouse_connect.get_client(
             **address(settings),
             database=settings.database if database == "" else database,
             autogenerate_session_id=False,  # one session would serialise a process's queries
             connect_timeout=5,
-            send_receive_timeout=120,
+            send_receive_timeout=timeout_s,
             **options,
         )
     except (ClickHouseError, OSError) as exc:
         raise unreachable(settings, exc) from exc
+
+
+def answers(settings: ClickHouseSettings, timeout_s: float = 2.0) -> bool:
+    """Whether it answers ``/ping`` now; on a connection of its own, so that a query that hangs is not in the way."""
+    place = address(settings)
+    kind = http.client.HTTPSConnection if place["secure"] else http.client.HTTPConnection
+    link = kind(place["host"], place["port"], timeout=timeout_s)
+    try:
+        link.request("GET", "/ping")
+        return link.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        link.close()
 
 
 def unreachable(settings: ClickHouseSettings, exc: Exception) -> UnreachableError:
