@@ -14,11 +14,15 @@ from api.deps import Deps
 from api.errors import Problem
 from api.history import History
 from api.http import Answer, ASGIApp, Endpoint, Handler, Receive, Scope, Send, Shell, problem_answer, refusal
+from api.letters import Letters
 from api.live.hub import Hub
 from api.metrics import Metrics, tail_metrics
 from api.openapi import document
+from api.routes.deadletters import DeadLetterRoutes
 from api.routes.history import HistoryRoute
 from api.routes.system import SystemRoutes
+from api.sessions import Sessions
+from api.sessions_feed import SessionFeeds
 from api.stream import StreamApp
 
 _HOT_PARTS = 6
@@ -34,7 +38,9 @@ class Api:
         self.history = History(deps.history, deps.clock, deps.partitions, deps.limits)
         self.catalogue = Catalogue(deps.symbols, self.history, deps.clock, deps.limits.catalogue_ttl_s)
         self.hub = Hub(deps.frames, self.history, deps.clock, deps.partitions, deps.stream)
-        self.stream = StreamApp(self.hub, self.catalogue, self.metrics, deps.clock, deps.stream)
+        self.sessions = Sessions(deps.sessions, deps.clock)
+        feeds = SessionFeeds(self.sessions, self.history, self.hub.partition, deps.stream)
+        self.stream = StreamApp(self.hub, feeds, self.catalogue, self.metrics, deps.clock, deps.stream)
         self.metrics.watch(self._tails)
         self.fastapi = FastAPI(
             title="Marketstream", version=deps.version, lifespan=self._lifespan, docs_url=None, redoc_url=None, openapi_url=None
@@ -56,15 +62,20 @@ class Api:
         await self._app(scope, receive, send)
 
     def _add_routes(self) -> None:
-        system = SystemRoutes(self.deps, self.catalogue, self.metrics)
+        system = SystemRoutes(self.deps, self.catalogue, self.sessions, self.metrics)
         self._route("/", "root", system.root)
         self._route("/livez", "livez", system.livez)
         self._route("/readyz", "readyz", system.readyz, cached=True)
+        self._route("/progress", "progress", system.progress)
         self._route("/metrics", "metrics", system.metrics)
         self._route("/openapi.json", "openapi", self._openapi, cached=True)
         self._route("/api/v1/symbols", "symbols", system.symbols, cached=True)
+        letters = DeadLetterRoutes(Letters(self.deps.history, self.deps.letters))
+        self._route("/api/v1/deadletters", "deadletters", letters.listed, cached=True)
+        self._route("/api/v1/deadletters/{id}", "deadletter", letters.one)
         for channel in ("bars", "trades"):
-            handler = HistoryRoute(channel, self.history, self.catalogue, self.hub.epoch, self.hub.partition, self.deps.limits)
+            places = (self.hub.epoch, self.hub.partition)
+            handler = HistoryRoute(channel, self.history, self.catalogue, *places, self.sessions, self.deps.limits)
             self._hot[channel] = self._route(f"/api/v1/{channel}/{{exchange}}/{{symbol}}", channel, handler, cached=True)
         self.fastapi.router.routes.append(WebSocketRoute("/api/v1/stream", self.stream, name="stream"))
         self._route("/{path:path}", "unknown", self._unknown)

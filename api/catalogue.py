@@ -12,6 +12,8 @@ from api import queries
 from api.deps import SymbolStore
 from api.errors import Problem, StoreUnavailableError
 from api.history import History
+from api.sessions import Session
+from api.sessions_queries import traded_until
 from schemas.errors import SchemaError, VocabularyError, nearest
 from schemas.seam import Clock
 from schemas.symbols import check_exchange, check_symbol
@@ -53,6 +55,13 @@ class Catalogue:
                 self._take(stored, await self._traded())
                 self._whole = True
         return list(self._known.values())
+
+    async def listed_in(self, session: Session, now_us: int) -> list[dict[str, Any]]:
+        """The instruments a session sees trades of at a virtual now, with what it sees of them. Raises as :meth:`listed`."""
+        known = {(row["exchange"], row["symbol"]): row for row in await self.listed()}
+        answer = await self._history.fetch(traded_until(session, now_us), "JSONEachRow")
+        rows = [msgspec.json.decode(line) for line in answer.splitlines()]
+        return [known.get((row["exchange"], row["symbol"]), {"active": False}) | row for row in rows]
 
     async def check(self, exchange: str, symbol: str) -> None:
         """Raise Problem ``unknown_exchange`` or ``unknown_symbol``, with the nearest known one. Needs only one of the stores to answer."""

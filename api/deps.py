@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from api.sessions import NoSessions, SessionStore
 from schemas.frames import Frame
 from schemas.seam import Clock
+
+if TYPE_CHECKING:
+    from api.letters import LetterStates
 
 
 class Record(NamedTuple):
@@ -162,8 +166,15 @@ class Deps:
     clock: Clock
     partitions: int
     """Partitions of ``trades`` and ``bars`` (``settings.kafka.partitions``)."""
+    sessions: SessionStore = field(default_factory=NoSessions)
     limits: ApiLimits = field(default_factory=ApiLimits)
     stream: StreamLimits = field(default_factory=StreamLimits)
+    letters: LetterStates | None = None
+    """PostgreSQL's decisions on dead letters; None: every letter is open."""
     version: str = "0.1.0"
     on_close: tuple[Callable[[], Awaitable[None]], ...] = ()
     """Called when the app ends, after the last request."""
+    stuck: Callable[[], str] = str
+    """Why the process should be started anew; empty: it should not. Asked on each ``/livez``."""
+    progress: Callable[[], Mapping[str, Any]] = dict
+    """What ``/progress`` shows: how far the live tail is."""

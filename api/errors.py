@@ -29,6 +29,8 @@ CODES: Final[dict[str, tuple[int, str]]] = {
     "invalid_limit": (422, "Limit out of range"),
     "invalid_cursor": (422, "Broken cursor"),
     "cursor_mismatch": (422, "Cursor of another series"),
+    "unknown_session": (404, "Unknown session"),
+    "session_ended": (404, "Session ended"),
     "not_found": (404, "Not found"),
     "method_not_allowed": (405, "Method not allowed"),
     "request_too_large": (413, "Request too large"),

@@ -25,6 +25,8 @@ class BarsPage(msgspec.Struct):
     live: str | None
     bars: list[BarRow]
     known_at_us: int | msgspec.UnsetType = msgspec.UNSET
+    session: str | msgspec.UnsetType = msgspec.UNSET
+    now_us: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class TradesPage(msgspec.Struct):
@@ -37,6 +39,8 @@ class TradesPage(msgspec.Struct):
     live: str | None
     trades: list[TradeRow]
     known_at_us: int | msgspec.UnsetType = msgspec.UNSET
+    session: str | msgspec.UnsetType = msgspec.UNSET
+    now_us: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Symbol(msgspec.Struct):
@@ -83,7 +87,7 @@ def document(version: str) -> bytes:
         "/api/v1/symbols": _get(
             "symbols",
             "Known instruments",
-            [_query("exchange", "Only this exchange.", {"type": "string"})],
+            [_query("exchange", "Only this exchange.", {"type": "string"}), _session()],
             {"200": _response("The list.", {"application/json": {"schema": symbols}})} | _errors(problem, ("unknown_parameter",)),
         ),
         "/api/v1/bars/{exchange}/{symbol}": _get(
@@ -91,7 +95,19 @@ def document(version: str) -> bytes:
         ),
         "/api/v1/trades/{exchange}/{symbol}": _get("trades", "Trades of one instrument", [*_series(), *_range()], _page(trades, problem)),
         "/livez": _get(
-            "livez", "The process lives", [], {"200": _response("It does.", {"application/json": {"schema": {"type": "object"}}})}
+            "livez",
+            "The process lives and gets on",
+            [],
+            {
+                code: _response(text, {"application/json": {"schema": {"type": "object"}}})
+                for code, text in {"200": "It does.", "503": "It should be started anew; the reason says why."}.items()
+            },
+        ),
+        "/progress": _get(
+            "progress",
+            "How far the live tail is",
+            [],
+            {"200": _response("Counters, what waits, and who is in the way.", {"application/json": {"schema": {"type": "object"}}})},
         ),
         "/readyz": _get(
             "readyz",
@@ -114,7 +130,8 @@ _READY: Final = {"200": "Ready.", "503": "Not ready; the body says what and why.
 _ABOUT: Final = (
     "Market data history and live stream. Times are microseconds since 1970 UTC, ranges are [start, end). "
     "Every history answer carries a `live` cursor: subscribing on the WebSocket `/api/v1/stream` with `from` that cursor continues "
-    "after the last row, nothing missed or repeated. With `known_at` the answer is what was known then, and there is no `live` cursor."
+    "after the last row, nothing missed or repeated. With `known_at` the answer is what was known then, and there is no `live` cursor. "
+    "With `session` (made by `marketstream replay --as-of`) it is what the session may see at its virtual now, and `live` is a cursor of that session."
 )
 
 
@@ -137,6 +154,10 @@ def _series() -> list[dict[str, Any]]:
     ]
 
 
+def _session() -> dict[str, Any]:
+    return _query("session", "Id of a session of the time machine: answer as of its virtual now.", {"type": "string"})
+
+
 def _range() -> list[dict[str, Any]]:
     limits = ApiLimits()
     limit = {"type": "integer", "minimum": 1, "maximum": limits.max_limit_bulk, "default": limits.default_limit}
@@ -148,6 +169,7 @@ def _range() -> list[dict[str, Any]]:
             "Answer with what was known at this time, written alike: later trades and revisions are left out.",
             {"type": "string"},
         ),
+        _session(),
         _query("limit", f"Rows of a page: up to {limits.max_limit_json} as JSON, {limits.max_limit_bulk} as Arrow or CSV.", limit),
         _query("cursor", "`next` of the page before; it holds the range.", {"type": "string"}),
         _query("format", "Wins over the Accept header.", {"type": "string", "enum": list(MEDIA_TYPES)}),

@@ -29,7 +29,7 @@ _ACCEPTED: Final = {
     "text/csv": "csv",
     "text/*": "csv",
 }
-_ALLOWED: Final = ("start", "end", "known_at", "limit", "cursor", "format")
+_ALLOWED: Final = ("start", "end", "known_at", "session", "limit", "cursor", "format")
 # the '+' of a time zone, not escaped in the URL, arrives as a space
 _LOST_PLUS: Final = re.compile(r"(?<=:\d\d) (\d\d:?\d\d)$")
 
@@ -50,6 +50,8 @@ class Range:
     cursor: PageCursor | None
     known_at_us: int | None = None
     """The answer is what was known then; None: what is known now."""
+    session: str | None = None
+    """Id of a session of the time machine, whose virtual now bounds the answer."""
 
 
 def parse_range(channel: str, exchange: str, symbol: str, query: bytes, accept: str, limits: ApiLimits) -> Range:
@@ -61,6 +63,8 @@ def parse_range(channel: str, exchange: str, symbol: str, query: bytes, accept: 
     limit = _limit(given.get("limit"), limits, wanted)
     if "cursor" in given:
         return _continued(key, given, limit, wanted)
+    if "session" in given and "known_at" in given:
+        raise Problem("invalid_range", "'known_at' is given beside a session, which says itself what was known: leave one of them out.")
     start_us, end_us = _time("start", given.get("start")), _time("end", given.get("end"))
     if start_us is not None and end_us is not None and start_us >= end_us:
         raise Problem(
@@ -77,6 +81,7 @@ def parse_range(channel: str, exchange: str, symbol: str, query: bytes, accept: 
         format=wanted,
         cursor=None,
         known_at_us=_time("known_at", given.get("known_at")),
+        session=given.get("session"),
     )
 
 
@@ -152,6 +157,7 @@ def _continued(key: SeriesKey, given: Mapping[str, str], limit: int, wanted: str
         format=wanted,
         cursor=cursor,
         known_at_us=cursor.known_at_us,
+        session=given.get("session"),
     )
 
 

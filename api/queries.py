@@ -18,7 +18,8 @@ Query = tuple[str, dict[str, Any]]
 """SQL and its parameters."""
 
 # JSON as our own encoder writes it: numbers unquoted, NaN as null.
-_JSON: Final = "output_format_json_quote_64bit_integers = 0, output_format_json_quote_denormals = 0"
+JSON_SETTINGS: Final = "output_format_json_quote_64bit_integers = 0, output_format_json_quote_denormals = 0"
+"""For JSONEachRow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +41,8 @@ class Page:
     """Rows published later are left out: the answer is what was known then. None: all."""
 
 
-def _series(key: SeriesKey) -> tuple[str, dict[str, Any]]:
+def series_where(key: SeriesKey) -> tuple[str, dict[str, Any]]:
+    """The condition that names a series, with its parameters."""
     where = "exchange = {exchange:String} AND symbol = {symbol:String}"
     parameters: dict[str, Any] = {"exchange": key.exchange, "symbol": key.symbol}
     if key.timeframe_s:
@@ -58,12 +60,14 @@ def _newest_revision(key: SeriesKey, direction: str = "") -> str:
 
 
 def _page_where(page: Page) -> tuple[str, dict[str, Any]]:
-    where, parameters = _series(page.key)
+    where, parameters = series_where(page.key)
     time = TIME[page.key.channel]
     where += f" AND {time} >= {{start:Int64}} AND {time} < {{end:Int64}} AND kafka_offset < {{before:UInt64}}"
     parameters |= {"start": page.start_us, "end": page.end_us, "before": page.before}
     if page.known_at_us is not None:
         where += " AND known_at_us <= {known_at:Int64}"
+        if page.key.timeframe_s:  # a release that did not note the time published a bar no sooner than it closed
+            where += " AND (known_at_us > 0 OR close_time_us <= {known_at:Int64})"
         parameters["known_at"] = page.known_at_us
     if page.beyond is not None:
         where += f" AND {KEY[page.key.channel]} {'<' if page.backward else '>'} {{beyond:Int64}}"
@@ -79,7 +83,7 @@ def page_rows(page: Page, *, json: bool = True, extra: int = 1) -> Query:
     inner = f"SELECT {COLUMNS[channel]} FROM {channel} WHERE {where} {_newest_revision(page.key, direction)} LIMIT {{limit:UInt64}}"
     parameters["limit"] = page.limit + extra
     order = f" ORDER BY {KEY[channel]}" if page.backward else ""
-    settings = f" SETTINGS {_JSON}" if json else ""
+    settings = f" SETTINGS {JSON_SETTINGS}" if json else ""
     return f"SELECT {SELECT[channel]} FROM ({inner}){order}{settings}", parameters
 
 
@@ -106,7 +110,7 @@ def applied(channel: str, partition: int, at_least: int = 0) -> Query:
 
 def known_keys(key: SeriesKey, keys: Sequence[int], before: int) -> Query:
     """(key, newest revision) of those ``keys`` that are stored."""
-    where, parameters = _series(key)
+    where, parameters = series_where(key)
     name = KEY[key.channel]
     revision = "max(revision)" if key.timeframe_s else "0"
     parameters |= {"keys": list(keys), "before": before}
@@ -116,19 +120,19 @@ def known_keys(key: SeriesKey, keys: Sequence[int], before: int) -> Query:
 
 def due_rows(key: SeriesKey, floor_key: int, until_us: int, before: int, limit: int) -> Query:
     """Rows a page's reader has not had: key above ``floor_key``, time from ``until_us`` on, of records before ``before``."""
-    where, parameters = _series(key)
+    where, parameters = series_where(key)
     channel = key.channel
     where += f" AND {KEY[channel]} > {{floor:Int64}} AND {TIME[channel]} >= {{until:Int64}} AND kafka_offset < {{before:UInt64}}"
     parameters |= {"floor": floor_key, "until": until_us, "before": before, "limit": limit}
     inner = f"SELECT {COLUMNS[channel]} FROM {channel} WHERE {where} {_newest_revision(key)} LIMIT {{limit:UInt64}}"
-    return f"SELECT {SELECT[channel]} FROM ({inner}) SETTINGS {_JSON}", parameters
+    return f"SELECT {SELECT[channel]} FROM ({inner}) SETTINGS {JSON_SETTINGS}", parameters
 
 
 def traded() -> Query:
     """Per instrument: first and last trade time and count. Answered from the table's projection, a row an instrument and part."""
     return (
         "SELECT exchange, symbol, min(exchange_time_us) AS first_trade_time_us, max(exchange_time_us) AS last_trade_time_us,"
-        f" count() AS trade_count FROM trades GROUP BY exchange, symbol ORDER BY exchange, symbol SETTINGS {_JSON}",
+        f" count() AS trade_count FROM trades GROUP BY exchange, symbol ORDER BY exchange, symbol SETTINGS {JSON_SETTINGS}",
         {},
     )
 

@@ -19,6 +19,7 @@ from api.live.client import RESTART_CLOSE, SLOW_CLOSE, Client, Subscription, Tas
 from api.live.hub import Hub
 from api.live.requests import OPS, Refused, Request, cursor_of, parse_request, reply, request_id, series_of
 from api.metrics import Metrics
+from api.sessions_feed import SessionFeeds
 from schemas.seam import Clock
 
 logger = logging.getLogger(__name__)
@@ -36,13 +37,15 @@ class StreamApp:
     """The stream as an ASGI app; one instance serves all connections.
 
     Args:
-        hub: where messages come from.
+        hub: where live messages come from.
+        feeds: where those of sessions come from.
         catalogue: known instruments.
         metrics, clock, limits: as their names say.
     """
 
-    def __init__(self, hub: Hub, catalogue: Catalogue, metrics: Metrics, clock: Clock, limits: StreamLimits) -> None:
+    def __init__(self, hub: Hub, feeds: SessionFeeds, catalogue: Catalogue, metrics: Metrics, clock: Clock, limits: StreamLimits) -> None:
         self._hub = hub
+        self._feeds = feeds
         self._catalogue = catalogue
         self._metrics = metrics
         self._clock = clock
@@ -60,7 +63,7 @@ class StreamApp:
             await send({"type": "websocket.close", "code": code, "reason": reason})
             return
         await send({"type": "websocket.accept"})
-        connection = _Connection(scope, receive, send, self._hub, self._catalogue, self._metrics, self._clock, self._limits)
+        connection = _Connection(scope, receive, send, self._hub, self._feeds, self._catalogue, self._metrics, self._clock, self._limits)
         self._open.add(connection)
         self._metrics.connections.set(len(self._open))
         try:
@@ -88,6 +91,7 @@ class _Connection:
         receive: Receive,
         send: Send,
         hub: Hub,
+        feeds: SessionFeeds,
         catalogue: Catalogue,
         metrics: Metrics,
         clock: Clock,
@@ -103,6 +107,8 @@ class _Connection:
         writer: Writer = scope.get("extensions", {}).get(RAW_WRITER) or TaskWriter(self._send_text)
         self._client = Client(writer, limits.queue_bytes, metrics)
         self._subscriptions = self._client.subscriptions
+        self._feeds = feeds
+        self._feeding: dict[Subscription, asyncio.Task[None]] = {}
         self._work: set[asyncio.Task[None]] = set()
         self._tokens = limits.max_requests_per_s
         self._tokens_us = clock.monotonic_us()
@@ -218,6 +224,8 @@ class _Connection:
         if subscription is None:
             raise Refused("not_subscribed", f"There is no subscription to {key.fields}.")
         self._hub.unsubscribe(subscription)
+        if subscription in self._feeding:
+            self._feeding.pop(subscription).cancel()
         self._metrics.subscriptions.dec()
         self._client.say(reply("ack", request.id, {"op": "unsubscribe"} | key.fields))
 
@@ -235,9 +243,34 @@ class _Connection:
         subscription = Subscription(request.id, key, self._client, limit)
         self._subscriptions[key] = subscription
         self._metrics.subscriptions.inc()
-        task = asyncio.ensure_future(self._begin(subscription, cursor))
+        if request.session is None:
+            task = asyncio.ensure_future(self._begin(subscription, cursor))
+        else:
+            task = self._feeding[subscription] = asyncio.ensure_future(self._feed(subscription, cursor, request.session))
+            task.add_done_callback(lambda _: self._feeding.pop(subscription, None))
         self._work.add(task)
         task.add_done_callback(self._work.discard)
+
+    async def _feed(self, subscription: Subscription, cursor: LiveCursor | None, name: str) -> None:
+        """Check the session, acknowledge, and send what it sees until its end; a failure ends the subscription with an error."""
+        key = subscription.key
+        try:
+            await self._catalogue.check(key.exchange, key.symbol)
+            opened = await self._feeds.open(name, key, cursor)
+            subscription.epoch = opened.session.epoch
+            self._metrics.resumes.labels("session").inc()
+            ack: dict[str, object] = {"op": "subscribe"}
+            self._client.say(reply("ack", subscription.id, ack | key.fields | opened.session.fields))
+            await self._feeds.run(opened, subscription)
+        except Refused as exc:
+            self._fail(subscription, exc)
+        except Problem as exc:
+            self._fail(subscription, Refused(exc.code, exc.detail, **exc.extra))
+        except StoreUnavailableError as exc:
+            self._fail(subscription, Refused(f"{exc.store}_unavailable", exc.reason))
+        except Exception:
+            logger.exception("The session '%s' of %s failed", name, key)
+            self._fail(subscription, Refused("internal", "Something went wrong here; it is in the log of the server."))
 
     async def _begin(self, subscription: Subscription, cursor: LiveCursor | None) -> None:
         """Check the instrument, acknowledge, and let the hub deliver; a failure ends the subscription with an error."""

@@ -22,11 +22,13 @@ from api.app import Api, create_app
 from api.deps import Deps
 from api.stream import RAW_WRITER
 from infra.api_frames import KafkaFrames
-from infra.api_stores import ClickHouseHistory, PostgresSymbols
+from infra.api_stores import ClickHouseHistory, PostgresLetters, PostgresSymbols
 from infra.errors import MarketstreamError, PortInUseError
 from infra.logs import setup_logging
 from infra.seam import SystemClock
+from infra.sessions import PostgresSessions
 from infra.settings import Settings, load_settings
+from infra.watchdog import Monitor
 
 logger = logging.getLogger(__name__)
 
@@ -142,14 +144,19 @@ async def build(settings: Settings) -> Api:
     clock = SystemClock()
     history, symbols = ClickHouseHistory(settings.clickhouse), PostgresSymbols(settings.postgres)
     frames = KafkaFrames(settings)
+    monitor = Monitor(frames, settings.watchdog.stuck_s, clock).start()
     return create_app(
         Deps(
             history=history,
             symbols=symbols,
             frames=frames,
+            sessions=PostgresSessions(symbols, settings.kafka.topic_prefix),
+            letters=PostgresLetters(symbols, settings.kafka.topic_prefix),
             clock=clock,
             partitions=settings.kafka.partitions,
             on_close=(history.close, symbols.close),
+            stuck=monitor.stuck,
+            progress=monitor.document,
         )
     )
 

@@ -14,7 +14,9 @@ from decimal import Decimal
 from typing import Any, Final
 
 from api.errors import StoreUnavailableError
+from api.letters import LetterState
 from infra.clickhouse.client import address
+from infra.deadletter_decisions import states
 from infra.settings import ClickHouseSettings, PostgresSettings
 
 logger = logging.getLogger(__name__)
@@ -106,11 +108,11 @@ class PostgresSymbols:
 
     async def symbols(self) -> Sequence[Mapping[str, Any]]:
         """See SymbolStore.symbols. A table that is not there yet holds nothing."""
-        return [{name: _plain(value) for name, value in row.items()} for row in await self._fetch("SELECT * FROM symbols")]
+        return [{name: _plain(value) for name, value in row.items()} for row in await self.fetch("SELECT * FROM symbols")]
 
     async def ping(self) -> None:
         """See SymbolStore.ping."""
-        await self._fetch("SELECT 1")
+        await self.fetch("SELECT 1")
 
     async def close(self) -> None:
         """Close the connections."""
@@ -118,12 +120,13 @@ class PostgresSymbols:
         if pool is not None:
             pool.terminate()
 
-    async def _fetch(self, sql: str) -> list[Any]:
+    async def fetch(self, sql: str, *arguments: object) -> list[Any]:
+        """Rows of a query; [] of a table that is not there yet. Raises StoreUnavailableError."""
         import asyncpg
 
         try:
             pool = await self._connected()
-            return list(await pool.fetch(sql, timeout=_CONNECT_TIMEOUT_S))
+            return list(await pool.fetch(sql, *arguments, timeout=_CONNECT_TIMEOUT_S))
         except asyncpg.PostgresError as exc:
             if exc.sqlstate == _MISSING_TABLE:
                 return []
@@ -146,6 +149,18 @@ class PostgresSymbols:
         detail = (str(exc) or type(exc).__name__).splitlines()[0][:200]
         logger.warning("PostgreSQL: %s", detail)
         return StoreUnavailableError("postgres", f"PostgreSQL does not answer as it should ({detail}).")
+
+
+class PostgresLetters:
+    """`api.letters.LetterStates` over the connections of the symbol store."""
+
+    def __init__(self, postgres: PostgresSymbols, topic_prefix: str) -> None:
+        self._postgres = postgres
+        self._prefix = topic_prefix
+
+    async def states(self, letters: Sequence[Mapping[str, Any]]) -> dict[int, LetterState]:
+        """See LetterStates.states."""
+        return await states(self._postgres.fetch, self._prefix, letters)
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     timeframe: str | None = None
     from_: str | None = msgspec.field(default=None, name="from")
     limit: int | None = None
+    session: str | None = None
 
 
 class _Loose(msgspec.Struct):

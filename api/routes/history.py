@@ -1,7 +1,8 @@
 """``GET /api/v1/bars/{exchange}/{symbol}`` and ``/api/v1/trades/...``: a range of history, with the cursors that continue it.
 
 A page is read from one state of the store. ``next`` leads to the next page of the same state, ``live`` continues the page on the stream.
-With ``known_at`` a page shows what was known then; the stream continues the present, so such a page has no ``live``.
+With ``known_at`` a page shows what was known then; the stream continues the present, so such a page has no ``live``. With ``session`` it shows
+what the session may see at its virtual now, and ``live`` continues it on the stream of that session.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from api.http import Answer, Header, Scope, StreamedAnswer, header
 from api.live.series import SeriesKey
 from api.params import MEDIA_TYPES, Range, parse_range
 from api.queries import Page
+from api.sessions import Session, Sessions
+from api.sessions_queries import Place, session_cursor
 from schemas.timeframes import timeframe_name
 
 _FORMATS: Final = {"arrow": "ArrowStream", "csv": "CSVWithNames"}
@@ -38,6 +41,7 @@ class HistoryRoute:
         catalogue: known instruments.
         epoch: incarnation of a topic; raises StoreUnavailableError while Kafka has not been reached.
         partition: of a series.
+        sessions: of the time machine.
         limits: bounds.
     """
 
@@ -48,6 +52,7 @@ class HistoryRoute:
         catalogue: Catalogue,
         epoch: Callable[[str], int],
         partition: Callable[[SeriesKey], int],
+        sessions: Sessions,
         limits: ApiLimits,
     ) -> None:
         self._channel = channel
@@ -55,6 +60,7 @@ class HistoryRoute:
         self._catalogue = catalogue
         self._epoch = epoch
         self._partition = partition
+        self._sessions = sessions
         self._limits = limits
 
     async def __call__(self, scope: Scope) -> Answer | StreamedAnswer:
@@ -63,10 +69,14 @@ class HistoryRoute:
         exchange, symbol = names["exchange"], names["symbol"]
         asked = parse_range(self._channel, exchange, symbol, scope["query_string"], header(scope, b"accept"), self._limits)
         await self._catalogue.check(exchange, symbol)
+        session: Session | None = None
+        if asked.session is not None:
+            session = await self._sessions.find(asked.session)
+            asked = session.narrow(asked, self._sessions.clock.now_us())
         page = await self._page(asked)
         if asked.format == "json":
-            return await self._json(asked, page)
-        return await self._bulk(asked, page)
+            return await self._json(asked, page, session)
+        return await self._bulk(asked, page, session)
 
     async def _page(self, asked: Range) -> Page:
         if asked.cursor is not None:
@@ -84,23 +94,27 @@ class HistoryRoute:
             known_at_us=asked.known_at_us,
         )
 
-    async def _json(self, asked: Range, page: Page) -> Answer:
+    async def _json(self, asked: Range, page: Page, session: Session | None) -> Answer:
         rows = await self._history.json_rows(page)
-        following, live = self._cursors(asked, page, rows.edge, rows.more)
+        following, live = self._cursors(asked, page, rows.edge, rows.more, session)
         head: dict[str, Any] = {"exchange": asked.key.exchange, "symbol": asked.key.symbol}
         if asked.key.timeframe_s:
             head["timeframe"] = timeframe_name(asked.key.timeframe_s)
         if asked.known_at_us is not None:
             head["known_at_us"] = asked.known_at_us
+        if session is not None:
+            head["session"] = session.id
+            if asked.cursor is None and asked.open_end:
+                head["now_us"] = session.seen_until_us(asked)
         head |= {"count": rows.count, "next": following, "live": live}
         start = msgspec.json.encode(head)[:-1]
         body = b'%s,"%s":[%s]}' % (start, self._channel.encode(), rows.body)
         return Answer(body, MEDIA_TYPES["json"], 200, self._headers(asked, following, live))
 
-    async def _bulk(self, asked: Range, page: Page) -> StreamedAnswer:
+    async def _bulk(self, asked: Range, page: Page, session: Session | None) -> StreamedAnswer:
         """Arrow or CSV straight from ClickHouse; one small query before says where the page ends."""
         count, edge, more = await self._history.edge(page)
-        following, live = self._cursors(asked, page, edge, more)
+        following, live = self._cursors(asked, page, edge, more, session)
         query = queries.page_rows(replace(page, limit=max(count, 1)), json=False, extra=0)
         store, fmt = self._history.store, _FORMATS[asked.format]
 
@@ -111,7 +125,7 @@ class HistoryRoute:
 
         return StreamedAnswer(pieces, MEDIA_TYPES[asked.format], self._headers(asked, following, live))
 
-    def _cursors(self, asked: Range, page: Page, edge: int | None, more: bool) -> tuple[str | None, str | None]:
+    def _cursors(self, asked: Range, page: Page, edge: int | None, more: bool, session: Session | None) -> tuple[str | None, str | None]:
         """(cursor of the next page, cursor of the stream); either None where there is none."""
         key = asked.key
         following = None
@@ -126,6 +140,9 @@ class HistoryRoute:
                 last=edge,
                 known_at_us=asked.known_at_us,
             ).encode()
+        if session is not None and asked.open_end and (page.backward or not more):
+            # the page runs to the session's virtual now: its stream goes on behind it
+            return following, session_cursor(session, key, self._partition(key), Place(session.seen_until_us(asked) + 1))
         if asked.known_at_us is not None:
             return following, None
         try:

@@ -1,4 +1,4 @@
-"""``/``, ``/livez``, ``/readyz``, ``/metrics`` and ``GET /api/v1/symbols``."""
+"""``/``, ``/livez``, ``/readyz``, ``/progress``, ``/metrics`` and ``GET /api/v1/symbols``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from api.errors import StoreUnavailableError
 from api.http import Answer, Scope
 from api.metrics import CONTENT_TYPE, Metrics
 from api.params import parse_query
+from api.sessions import Sessions
 
 
 class SystemRoutes:
@@ -22,12 +23,14 @@ class SystemRoutes:
     Args:
         deps: what readiness depends on.
         catalogue: known instruments.
+        sessions: of the time machine.
         metrics: what ``/metrics`` shows.
     """
 
-    def __init__(self, deps: Deps, catalogue: Catalogue, metrics: Metrics) -> None:
+    def __init__(self, deps: Deps, catalogue: Catalogue, sessions: Sessions, metrics: Metrics) -> None:
         self._deps = deps
         self._catalogue = catalogue
+        self._sessions = sessions
         self._metrics = metrics
 
     async def root(self, scope: Scope) -> Answer:
@@ -36,6 +39,7 @@ class SystemRoutes:
             "symbols": "/api/v1/symbols",
             "bars": "/api/v1/bars/{exchange}/{symbol}",
             "trades": "/api/v1/trades/{exchange}/{symbol}",
+            "deadletters": "/api/v1/deadletters",
             "stream": "/api/v1/stream",
             "openapi": "/openapi.json",
             "live": "/livez",
@@ -45,8 +49,13 @@ class SystemRoutes:
         return _json({"name": "marketstream", "version": self._deps.version, "links": links})
 
     async def livez(self, scope: Scope) -> Answer:
-        """The event loop turns."""
-        return _json({"status": "ok"})
+        """The event loop turns, and the live tail moves while there is something to read."""
+        stuck = self._deps.stuck()
+        return _json({"status": "stuck", "reason": stuck}, 503) if stuck else _json({"status": "ok"})
+
+    async def progress(self, scope: Scope) -> Answer:
+        """How far the live tail is, and whether it moves."""
+        return _json(self._deps.progress())
 
     async def readyz(self, scope: Scope) -> Answer:
         """Whether every dependency answers, each with its reason and how long it took."""
@@ -61,9 +70,13 @@ class SystemRoutes:
         return Answer(self._metrics.render(), CONTENT_TYPE)
 
     async def symbols(self, scope: Scope) -> Answer:
-        """Every instrument, or one exchange's with ``?exchange=``."""
-        given = parse_query(scope["query_string"], ("exchange",))
-        listed = await self._catalogue.listed()
+        """Every instrument, or one exchange's with ``?exchange=``; with ``?session=`` those it sees trades of."""
+        given = parse_query(scope["query_string"], ("exchange", "session"))
+        if "session" in given:
+            session = await self._sessions.find(given["session"])
+            listed = await self._catalogue.listed_in(session, session.now_us(self._sessions.clock.now_us()))
+        else:
+            listed = await self._catalogue.listed()
         wanted = given.get("exchange")
         rows = [row for row in listed if wanted is None or row["exchange"] == wanted]
         return _json({"count": len(rows), "symbols": rows})

@@ -31,7 +31,9 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Settings: what they are and where they came from.", no_args_is_help=True)
 export_app = typer.Typer(help="Write stored rows into a file.", no_args_is_help=True)
+sessions_app = typer.Typer(help="Sessions of the time machine; `replay --as-of` makes one.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(sessions_app, name="sessions")
 app.add_typer(export_app, name="export")
 deadletter_app = typer.Typer(help="What could not be processed, and what is done about it.", no_args_is_help=True)
 app.add_typer(deadletter_app, name="deadletter")
@@ -148,19 +150,56 @@ def tail(
 
 @app.command()
 def replay(
-    file: Annotated[Path, typer.Argument(help="Recorded trades: public dump (csv, gz, zip) or raw WebSocket capture.")],
-    exchange: Exchange,
-    symbol: Symbol,
+    file: Annotated[Path | None, typer.Argument(help="Recorded trades: public dump (csv, gz, zip) or raw WebSocket capture.")] = None,
+    exchange: Annotated[str | None, typer.Option("--exchange", help="Venue of a FILE's trades, e.g. binance, binance-usdm.")] = None,
+    symbol: Annotated[str | None, typer.Option("--symbol", help="Canonical symbol of a FILE's trades, e.g. BTC-USDT.")] = None,
     file_format: Annotated[str, typer.Option("--format", help="auto, or the kind of file where it cannot be told.")] = "auto",
-    speed: Annotated[str, typer.Option(help="max, 1 (as recorded), 60 (a minute a second).")] = "max",
+    speed: Annotated[
+        str | None, typer.Option(help="max, 1 (as recorded), 60 (a minute a second); default max of a FILE, 1 as of a time.")
+    ] = None,
+    as_of: Annotated[
+        str | None, typer.Option("--as-of", help="Instead of a FILE: make a session that replays what is stored from then on.")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Where a session ends; default: now.")] = None,
+    clock: Annotated[
+        str, typer.Option("--clock", help="What paces a session: known (when rows were known), market (when they happened).")
+    ] = "auto",
     data_dir: DataDir = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Publish recorded trades; return when they are stored and their bars are final."""
+    """Publish recorded trades and return when their bars are final; or, with --as-of, make a session of the time machine."""
+    if as_of is not None:
+        if file is not None or exchange is not None or symbol is not None:
+            raise typer.BadParameter("--as-of replays what is stored: leave FILE, --exchange and --symbol out")
+        from infra.cli.sessions import create
+
+        create(Output(as_json=as_json), data_dir=data_dir, as_of=as_of, until=until, speed=speed or "1", clock=clock)
+        return
+    if file is None or exchange is None or symbol is None:
+        raise typer.BadParameter("name a FILE with --exchange and --symbol, or a time with --as-of")
     from infra.cli.data import replay as run
 
-    run(Output(as_json=as_json), data_dir=data_dir, file=file, exchange=exchange, symbol=symbol, file_format=file_format, speed=speed)
+    output = Output(as_json=as_json)
+    run(output, data_dir=data_dir, file=file, exchange=exchange, symbol=symbol, file_format=file_format, speed=speed or "max")
+
+
+@sessions_app.command("list")
+def sessions_list(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Every session of the stack, with its virtual now."""
+    from infra.cli.sessions import listed
+
+    listed(Output(as_json=as_json), data_dir=data_dir)
+
+
+@sessions_app.command("stop")
+def sessions_stop(
+    name: Annotated[str, typer.Argument(help="Id of the session.")], data_dir: DataDir = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Stop a session: from now on it is unknown to everybody."""
+    from infra.cli.sessions import stop
+
+    stop(Output(as_json=as_json), data_dir=data_dir, name=name)
 
 
 @export_app.command("bars")

@@ -35,6 +35,10 @@ _TIME_COLUMN: Final = {"bars": "open_time_us", "deadletter": "time_us", "gaps": 
 _CODECS: Final = {"Int64": "CODEC(Delta, ZSTD(1))", "UInt64": "CODEC(Delta, ZSTD(1))", "Float64": "CODEC(ZSTD(1))"}
 
 
+_BY_KNOWN: Final = "INDEX by_known known_at_us TYPE minmax GRANULARITY 1"
+"""Sessions read rows in the order in which they were known: what was known in a minute lies in few granules of a series."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
     """One table: its topic, name and columns in order."""
@@ -57,6 +61,7 @@ class Table:
         if self.name in ("trades", "bars"):
             # How far the table is, for cursors of the API: 4 ms instead of 76 for its first query over 20 M trades.
             lines.append("PROJECTION applied (SELECT kafka_partition, max(kafka_offset) GROUP BY kafka_partition)")
+            lines.append(_BY_KNOWN)
         if self.name == "trades":
             lines.append("INDEX by_time exchange_time_us TYPE minmax GRANULARITY 1")
             lines.append(
@@ -75,9 +80,11 @@ class Table:
 
     def additions(self, database: str) -> list[str]:
         """``ALTER TABLE`` statements that give a table of an earlier release the columns it lacks; rows it holds get the fill or 0 there."""
-        return [
-            f"ALTER TABLE `{database}`.`{self.name}` ADD COLUMN IF NOT EXISTS {self._declared(name, kind)}" for name, kind in self.columns
-        ]
+        alter = f"ALTER TABLE `{database}`.`{self.name}` ADD"
+        found = [f"{alter} COLUMN IF NOT EXISTS {self._declared(name, kind)}" for name, kind in self.columns]
+        if self.name in ("trades", "bars"):
+            found.append(f"{alter} {_BY_KNOWN.replace('INDEX', 'INDEX IF NOT EXISTS')}")
+        return found
 
     def _declared(self, name: str, kind: str) -> str:
         """Name, type and what rows have there whose writer, an earlier release or its sink, does not know the column."""

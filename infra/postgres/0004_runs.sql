@@ -24,9 +24,9 @@ CREATE TABLE sessions (
     clock        text             NOT NULL CHECK (clock IN ('known', 'market')),
     as_of_us     bigint           NOT NULL,                 -- virtual now when it began
     until_us     bigint           NOT NULL,                 -- virtual now never passes this
-    started_us   bigint           NOT NULL,                 -- wall clock when it began
+    started_us   bigint           NOT NULL,                 -- wall clock when it was made
+    pinned_us    bigint           NOT NULL,                 -- what was published after this is no part of it
     speed        double precision NOT NULL CHECK (speed >= 0), -- virtual seconds a second; 0: as fast as it is read
-    ends         jsonb            NOT NULL,                 -- {"trades": {"0": offset}, "bars": {...}}: rows of later records are no part of it
     CHECK (as_of_us <= until_us)
 );
 
