@@ -115,9 +115,51 @@ class BinanceRest:
                 return
             position = newest + 1
 
-    async def _page(self, raw: str, from_id: int) -> tuple[dict[str, Array], bool]:
+    async def first_since(self, raw: str, time_us: int) -> tuple[int, int] | None:
+        """(id, time) of the first trade at or after ``time_us`` that the venue still has; None when there was none since.
+
+        Aggregate trades can be asked for by time (``startTime``), and each names the first single trade in it: one request. Where that
+        answers with nothing (the venue looks an hour ahead only), the id is searched by halves: some thirty requests. Raises VenueError,
+        BreakerOpenError.
+        """
+        params = {"symbol": raw, "startTime": str(-(-time_us // 1000)), "limit": "1"}
+        body = await self._get("aggTrades", params, weight=4 if self._spot else 20)
+        found = [row for row in _rows(body, list[_Aggregate]) if time_us <= 1000 * row.T]
+        if found:
+            row = min(found, key=lambda one: one.a)
+            number = row.a if self.venue.kind == "aggTrade" else row.f
+            if number >= 0:
+                return number, row.T * 1000
+        return await self._search(raw, time_us)
+
+    async def at_or_after(self, raw: str, trade_id: int) -> tuple[int, int] | None:
+        """(id, time) of the first trade with this id or a larger one that the venue still has. Raises VenueError, BreakerOpenError."""
+        page, _ = await self._page(raw, trade_id, 1)
+        for number, time_us in zip(page["trade_id"].tolist(), page["exchange_time_us"].tolist(), strict=True):
+            if number >= trade_id:
+                return number, time_us
+        return None
+
+    async def _search(self, raw: str, time_us: int) -> tuple[int, int] | None:
+        agg = self.venue.kind == "aggTrade"
+        body = await self._get("aggTrades" if agg else "trades", {"symbol": raw, "limit": "1"}, weight=25 if self._spot else 20)
+        page = _agg_columns(body) if agg else _columns(body)
+        if not len(page["trade_id"]) or int(page["exchange_time_us"][-1]) < time_us:
+            return None
+        low, high = -1, int(page["trade_id"][-1])
+        best = high, int(page["exchange_time_us"][-1])
+        while high - low > 1:
+            middle = (low + high) // 2
+            row = await self.at_or_after(raw, middle)
+            if row is None or row[1] >= time_us:
+                high, best = middle, best if row is None else row
+            else:
+                low = max(row[0], middle)
+        return best
+
+    async def _page(self, raw: str, from_id: int, rows: int | None = None) -> tuple[dict[str, Array], bool]:
         """One page from ``from_id`` on; and whether asking further is of no use."""
-        rows = self.venue.page_rows
+        rows = rows or self.venue.page_rows
         if self.venue.kind == "aggTrade":
             params = {"symbol": raw, "fromId": str(from_id), "limit": str(rows)}
             return _agg_columns(await self._get("aggTrades", params, weight=4 if self._spot else 20)), False
@@ -178,6 +220,12 @@ class BinanceRest:
     def _failed(self) -> None:
         self.errors += 1
         self.breaker.failed(self._clock.monotonic_us())
+
+
+class _Aggregate(msgspec.Struct):
+    a: int
+    T: int  # ms
+    f: int = -1  # id of the first single trade in it
 
 
 class _Ticker(msgspec.Struct):

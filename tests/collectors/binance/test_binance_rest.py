@@ -235,3 +235,37 @@ async def test_any_answer_is_rows_or_one_of_our_errors(answer: object) -> None:
         await rest.last_ids()
     except CollectorError:
         pass
+
+
+def market(request: httpx.Request, times: dict[int, int], *, by_time: bool = True) -> httpx.Response:
+    """A venue with these trades (id -> ms): the routes that page and search them, each aggregate two trades."""
+    params = request.url.params
+    ids = sorted(times)
+    route = request.url.path.rpartition("/")[2]
+    if "startTime" in params:
+        wanted = [number for number in ids if times[number] >= int(params["startTime"])] if by_time else []
+    else:
+        wanted = [number for number in ids if number >= int(params.get("fromId", ids[-1]))]
+    rows = wanted[: int(params["limit"])]
+    if route == "aggTrades":
+        return httpx.Response(200, json=[{"a": n // 2, "p": "1", "q": "1", "f": n, "l": n, "T": times[n], "m": True} for n in rows])
+    return httpx.Response(200, json=[{"id": n, "price": "1", "qty": "1", "time": times[n], "isBuyerMaker": True} for n in rows])
+
+
+@pytest.mark.parametrize("by_time", [True, False])
+@settings(max_examples=40, deadline=None)
+@given(steps=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 5)), min_size=1, max_size=60), asked=st.integers(-2, 120))
+async def test_the_first_trade_since_a_time_is_found(by_time: bool, steps: list[tuple[int, int]], asked: int) -> None:
+    """By time where the venue answers, by halves of the ids where it does not; ids may have holes, several trades one time."""
+    times, number, ms = {}, 0, 1_723_161_255_000
+    for skip, wait in steps:
+        number, ms = number + skip, ms + wait
+        times[number] = ms
+    rest, _, asks = client(lambda request: market(request, times, by_time=by_time))
+    since_ms = 1_723_161_255_000 + asked
+    expected = min((number for number in times if times[number] >= since_ms), default=None)
+    found = await rest.first_since("BTCUSDT", since_ms * 1000)
+    assert found == (None if expected is None else (expected, times[expected] * 1000))
+    assert len(asks) <= (3 if by_time else 12)
+    if expected is not None:
+        assert await rest.at_or_after("BTCUSDT", expected) == found
