@@ -130,8 +130,8 @@ def _begin(qf, qi, s, price, size, t, tid):  # type: ignore[no-untyped-def]
 
 
 @_inner
-def _accept(qf, qi, s, price, size, t, tid, in_order, par):  # type: ignore[no-untyped-def]
-    """A trade inside its band that was not usual in every way; FORGET when it was the last evidence against the suspects waiting."""
+def _accept(qf, qi, s, price, size, t, tid, in_order, band, par):  # type: ignore[no-untyped-def]
+    """A trade inside its band: FORGET when it is the last evidence against the suspects waiting, CONFIRM when it explains them."""
     if qi[s, SEEN] >= par[P_WARM] and size > par[P_SPIKE] * qf[s, F_SIZE] > 0.0:
         qi[s, SPIKES] += 1
     if in_order:
@@ -157,6 +157,14 @@ def _accept(qf, qi, s, price, size, t, tid, in_order, par):  # type: ignore[no-u
             return FORGET
     answer = _PASS
     if qi[s, PENDING]:
+        near = qf[s, F_NEAR]
+        if in_order and qi[s, NEAR_REASON] == REASON_PRICE and abs(price - near) <= 0.5 * _half(qf, qi, s, near, t, t, par):
+            # the market went most of the way there: the suspect was the first to, and only just outside
+            band[0], band[1] = min(qf[s, F_NEAR_LOW], price), max(qf[s, F_NEAR_HIGH], price)
+            _settle(qi, s)
+            if qi[s, SEEN] < par[P_WARM]:
+                qf[s, F_LOW], qf[s, F_HIGH] = _EMPTY_LOW, _EMPTY_HIGH
+            return CONFIRM
         qi[s, RUN] = 0
         qi[s, SINCE] += 1
         if qi[s, SINCE] >= par[P_FORGET]:
@@ -271,7 +279,8 @@ def _judge(qf, qi, s, price, size, t, tid, receive, limits, band, par):  # type:
             reason = REASON_PRICE
     if reason == REASON_ANY:
         in_order = t > last_t or (t == last_t and tid > qi[s, ID])
-        return _accept(qf, qi, s, price, size, t, tid, in_order, par), reason
+        kind = _accept(qf, qi, s, price, size, t, tid, in_order, band, par)
+        return kind, REASON_PRICE if kind == CONFIRM else reason
     band[0], band[1] = max(last - half, LOWEST * last), last + half
     return _suspect(qf, qi, s, price, size, t, tid, reason, band, par), reason
 

@@ -246,8 +246,10 @@ class QualityGate:
 
     def _set_limits(self, watermark_us: int, *, history: bool) -> None:
         limits = self._limits
-        limits[k.L_MAX_T] = min(MAX_TIME_US - 1, watermark_us + self.config.max_future_us) if watermark_us else MAX_TIME_US - 1
-        limits[k.L_SUSPECT_T] = watermark_us + int(self.config.ahead_us) if watermark_us and not history else k.MAX_ID
+        limits[k.L_MAX_T], limits[k.L_SUSPECT_T] = MAX_TIME_US - 1, k.MAX_ID
+        if watermark_us and not history:
+            limits[k.L_MAX_T] = min(MAX_TIME_US - 1, watermark_us + self.config.max_future_us)
+            limits[k.L_SUSPECT_T] = watermark_us + int(self.config.ahead_us)
 
     def _verdict(self, frame: Frame, count: int) -> Verdict | None:
         """Follow the events of a frame: what is held, what is released, and the rows that are left."""
