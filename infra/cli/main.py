@@ -35,6 +35,8 @@ sessions_app = typer.Typer(help="Sessions of the time machine; `replay --as-of` 
 app.add_typer(config_app, name="config")
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(export_app, name="export")
+repair_app = typer.Typer(help="Bars of the past made anew where their trades changed.", no_args_is_help=True)
+app.add_typer(repair_app, name="repair")
 deadletter_app = typer.Typer(help="What could not be processed, and what is done about it.", no_args_is_help=True)
 app.add_typer(deadletter_app, name="deadletter")
 schemas_app = typer.Typer(help="Schemas of the topics, and whether releases can live side by side.", no_args_is_help=True)
@@ -288,6 +290,62 @@ def parity(
 
 
 @app.command()
+def backfill(
+    exchange: Exchange,
+    symbol: Symbol,
+    start: Annotated[str, typer.Option("--start", help="From this time on: ISO 8601 or epoch number.")],
+    end: Annotated[str, typer.Option("--end", help="Up to but without this time.")],
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fetch past trades from the venue; return when they are stored and their bars made. Run again, it goes on where it was ended."""
+    from infra.cli.backfill import backfill as run
+
+    run(Output(as_json=as_json), data_dir=data_dir, exchange=exchange, symbol=symbol, start=start, end=end)
+
+
+@repair_app.command("list")
+def repair_list(
+    state: Annotated[str | None, typer.Option(help="pending, running or done.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Newest so many.")] = 20,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What the repair did and has to do, newest first."""
+    from infra.cli.repair import list_jobs as run
+
+    run(Output(as_json=as_json), data_dir=data_dir, state=state, limit=limit)
+
+
+@repair_app.command("show")
+def repair_show(
+    job: Annotated[int, typer.Argument(help="Number of the job.")], data_dir: DataDir = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Everything known of one job."""
+    from infra.cli.repair import show as run
+
+    run(Output(as_json=as_json), data_dir=data_dir, job=job)
+
+
+@repair_app.command("run")
+def repair_run(
+    exchange: Exchange,
+    symbol: Symbol,
+    start: Annotated[str, typer.Option("--start", help="From this time on: ISO 8601 or epoch number.")],
+    end: Annotated[str, typer.Option("--end", help="Up to but without this time.")],
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the bars of a range with its stored trades and publish those that differ."""
+    from infra.cli.repair import order as run
+
+    run(Output(as_json=as_json), data_dir=data_dir, exchange=exchange, symbol=symbol, start=start, end=end)
+
+
+@app.command()
 def topics(data_dir: DataDir = None, as_json: Json = False, debug: Debug = False) -> None:
     """The catalogue of topics with partitions, offsets, sizes and retention."""
     from infra.cli.catalogue import topics as run
@@ -399,6 +457,21 @@ def bench(
     from infra.cli.bench import bench as run
 
     run(Output(as_json=as_json), names=names or [])
+
+
+@app.command()
+def prove(
+    names: Annotated[list[str] | None, typer.Argument(help="simulation, kills, gaps, day, matrix, bugs, soak, parity; none: all.")] = None,
+    short: Annotated[bool, typer.Option("--short", help="Minutes instead of hours: few kills, few seeds, a slice of the day.")] = False,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show that what is promised holds: each line with its figures, and a page that keeps them."""
+    from infra.cli.context import settings_of
+    from infra.cli.prove import prove as run
+
+    run(Output(as_json=as_json), wanted=names or [], short=short, data_dir=settings_of(data_dir).data_dir)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
