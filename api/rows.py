@@ -33,6 +33,8 @@ class BarRow(msgspec.Struct, frozen=True, gc=False):
     is_final: bool
     complete: bool
     last_receive_time_us: int
+    held_count: int
+    """Suspect trades of its interval that were held back: they are not in it."""
 
 
 class TradeRow(msgspec.Struct, frozen=True, gc=False):
@@ -68,8 +70,8 @@ _encoder = msgspec.json.Encoder()
 
 def bar_row(values: Sequence[Any]) -> BarRow:
     """A bar from a frame's values in the order of ``BAR_FIELDS`` (``is_final`` and ``complete`` as 0/1)."""
-    start, final, complete, received = values[:14], values[14] != 0, values[15] != 0, values[16]
-    return BarRow(*start, final, complete, received)  # type: ignore[call-arg]  # the slice has the first fourteen
+    start, final, complete, rest = values[:14], values[14] != 0, values[15] != 0, values[16:]
+    return BarRow(*start, final, complete, *rest)  # type: ignore[call-arg]  # the slices have all fields but those two
 
 
 def trade_row(values: Sequence[Any]) -> TradeRow:
