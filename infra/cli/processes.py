@@ -60,6 +60,7 @@ def _sim(settings: Settings) -> ProcessSpec:
         name="sim",
         argv=(sys.executable, "-m", "infra.simulated_exchange", *map(str, arguments)),
         ready=f"tcp://127.0.0.1:{sim.port}",
+        live=f"http://127.0.0.1:{sim.port}/livez",
         ports={"ports.sim": sim.port},
     )
 
@@ -79,6 +80,7 @@ def _ours(
         name=name,
         argv=(sys.executable, "-m", "infra.provisioned", module, *arguments),
         ready=f"http://{probed}:{port}/readyz",
+        live=f"http://{probed}:{port}/livez",
         ports=dict(ports),
         after=after,
     )

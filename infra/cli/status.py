@@ -58,6 +58,8 @@ def process_value(item: ProcessStatus) -> dict[str, Any]:
         "state": item.state,
         "ports": dict(item.ports),
         "restarts": item.restarts,
+        "reason": item.reason,
+        "restarted_at": item.restarted_at,
         "ready_s": item.ready_s,
         "log": item.log,
         "detail": item.detail,

@@ -18,41 +18,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from infra.errors import MarketstreamError, StartError
 from infra.settings import Settings, load_settings
 from infra.stack import datadir, launch, servers, state
+from infra.stack.child import BACKOFF_FIRST_S, BACKOFF_MOST_S, BACKOFF_RESET_S, Child
 from infra.stack.spec import ProcessSpec, kill_if_same, probe, start_ticks
+from infra.stack.watch import Asker, Hearing
 
 logger = logging.getLogger("infra.stack.daemon")
 
 POLL_STARTING_S = 0.03
 POLL_IDLE_S = 1.0
 HOUSEKEEPING_S = 10.0
-BACKOFF_FIRST_S, BACKOFF_MOST_S, BACKOFF_RESET_S = 0.1, 10.0, 5.0
+OVERSLEPT_S = 5.0
+"""A longer pause between two rounds means that this process did not run (a machine that slept): others' silence then counts for nothing."""
 LOW_DISK_BYTES = 128 * 1024 * 1024
 Emit = Callable[[dict[str, Any]], None]
-
-
-@dataclass(kw_only=True)
-class Child:
-    """A process under supervision."""
-
-    name: str
-    status: state.ProcessStatus
-    spec: ProcessSpec | None = None
-    preparing: Future[ProcessSpec] | None = None
-    process: subprocess.Popen[bytes] | None = None
-    started_at: float = 0.0
-    first_started_at: float = 0.0
-    backoff_s: float = BACKOFF_FIRST_S
-    not_before: float = 0.0
-    was_ready: bool = False
-    pending: list[str] = field(default_factory=list)
 
 
 class Supervisor:
@@ -65,6 +50,8 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="prepare")
         self._lock: BinaryIO | None = None
+        self._asker = Asker()
+        self._stepped_at = time.monotonic()
         self._housekept_at = 0.0
         self._announced = False
 
@@ -96,6 +83,9 @@ class Supervisor:
     def step(self) -> bool:
         """Does what can be done now; returns whether something is being started (and should be looked at again soon)."""
         now = time.monotonic()
+        if now - self._stepped_at > OVERSLEPT_S:
+            self._overslept(now)
+        self._stepped_at = now
         busy = changed = False
         for child in self._children.values():
             before = (child.status.state, child.status.pid)
@@ -110,6 +100,12 @@ class Supervisor:
             self._housekept_at = now
             self._housekeep()
         return busy
+
+    def _overslept(self, now: float) -> None:
+        for child in self._children.values():
+            self._asker.forget(child.name)
+            if child.hearing is not None:
+                child.hearing.slept(now)
 
     def _advance(self, child: Child, now: float) -> bool:
         if child.preparing is not None:
@@ -128,9 +124,10 @@ class Supervisor:
                 return True
             self._launch(child, child.spec, now)
             return True
-        if child.status.state == "starting":
+        self._listen(child, child.spec, now)
+        if child.status.state in ("starting", "failing"):
             self._check_ready(child, child.spec, now)
-            return child.status.state == "starting"
+            return child.status.state in ("starting", "failing")
         if now - child.started_at > BACKOFF_RESET_S:
             child.backoff_s = BACKOFF_FIRST_S
         return False
@@ -148,9 +145,31 @@ class Supervisor:
         child.first_started_at = child.first_started_at or now
         status = child.status
         status.pid, status.ticks = child.process.pid, start_ticks(child.process.pid) or 0
-        status.state, status.ready, status.detail = "starting", spec.ready, ""
+        status.ready, status.detail = spec.ready, ""
+        if status.state != "failing":  # until it is ready
+            status.state = "starting"
+        child.hearing = child.hearing or Hearing(self._silent_s(child.name), spec.ready_timeout_s)
+        child.hearing.begin(now)
+        child.verdict = ""
+        self._asker.forget(child.name)
         logger.info("started %s (pid %s)", child.name, status.pid)
         self._emit({"event": "starting", "name": child.name, "pid": status.pid})
+
+    def _silent_s(self, name: str) -> float:
+        watchdog = self._settings.watchdog
+        return watchdog.server_silent_s if name in servers.ports(self._settings) else watchdog.silent_s
+
+    def _listen(self, child: Child, spec: ProcessSpec, now: float) -> None:
+        """Ends a process that says it is stuck, or says nothing any more; its end is then handled like any other."""
+        assert child.process is not None and child.hearing is not None
+        if not spec.live or child.verdict:
+            return
+        answer = self._asker.answer(child.name, spec.live, now)
+        verdict = child.hearing.note(now, answer) if answer is not None else ""
+        if verdict:
+            child.verdict = verdict
+            logger.warning("%s is ended and started again: %s", child.name, verdict)
+            child.process.kill()  # nothing is lost by it, and one that hangs would not heed anything else
 
     def _check_ready(self, child: Child, spec: ProcessSpec, now: float) -> None:
         reason = probe(spec.ready)
@@ -171,7 +190,7 @@ class Supervisor:
         self._sweep_group(child.process.pid)
         child.process = None
         status = child.status
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        how = child.verdict or (f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}")
         said = launch.last_line(Path(status.log))
         status.pid, status.detail = 0, f"{how}; last said: {said}" if said else how
         if not child.was_ready and (2 <= code <= 11 or not spec.restart):
@@ -183,7 +202,8 @@ class Supervisor:
             status.state = "stopped"
             return
         status.restarts += 1
-        status.state = "restarting"
+        status.reason, status.restarted_at = status.detail, round(time.time(), 3)
+        status.state = "failing" if child.fails(now) else "restarting"
         child.not_before = now + child.backoff_s
         child.backoff_s = min(child.backoff_s * 2, BACKOFF_MOST_S)
         self._emit({"event": "restarting", "name": child.name, "detail": status.detail})
@@ -207,6 +227,7 @@ class Supervisor:
         """Stops every process, those that need others first; kills what does not stop in its time. Leaves none."""
         if self._lock is None:
             return  # the folder, and the state file in it, are someone else's
+        self._asker.close()
         left = {name: child for name, child in self._children.items() if child.process is not None and child.spec is not None}
         while left:
             needed = {dependency for child in left.values() for dependency in child.pending}

@@ -72,6 +72,7 @@ def _kafka(settings: Settings) -> ProcessSpec:
         argv=tuple(argv),
         env=kafka.environment(),
         ready=f"kafka://127.0.0.1:{listen.kafka}",
+        live=f"kafka://127.0.0.1:{listen.kafka}",
         ports=ports(settings)["kafka"],
         stop_timeout_s=20,
     )
@@ -82,6 +83,7 @@ def _clickhouse(settings: Settings) -> ProcessSpec:
         name="clickhouse",
         argv=(sys.executable, "-m", "infra.stack.clickhouse_server"),
         ready=f"http://127.0.0.1:{settings.ports.clickhouse}/ping",
+        live=f"http://127.0.0.1:{settings.ports.clickhouse}/ping",
         ports=ports(settings)["clickhouse"],
     )
 
@@ -92,6 +94,7 @@ def _postgres(settings: Settings) -> ProcessSpec:
         name="postgres",
         argv=tuple(argv),
         ready=f"postgres://127.0.0.1:{settings.ports.postgres}",
+        live=f"postgres://127.0.0.1:{settings.ports.postgres}",
         ports=ports(settings)["postgres"],
         stop_signal="SIGINT",  # fast shutdown; SIGTERM would wait for every client to leave
         unprivileged=True,
@@ -103,6 +106,7 @@ def _registry(settings: Settings) -> ProcessSpec:
         name="registry",
         argv=(sys.executable, "-m", "infra.stack.registry"),
         ready=f"http://127.0.0.1:{settings.ports.registry}/subjects",
+        live=f"http://127.0.0.1:{settings.ports.registry}/livez",  # its 404 needs no lock that waits for the broker
         ports=ports(settings)["registry"],
         after=("kafka",) if "kafka" in local_servers(settings) else (),
     )

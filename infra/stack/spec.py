@@ -30,6 +30,9 @@ class ProcessSpec:
     ready: str = ""
     """When it counts as ready: ``http://host:port/path`` answers 200, ``kafka://host:port`` and ``postgres://host:port`` speak their
     protocol, ``tcp://host:port`` accepts; empty: as soon as it runs."""
+    live: str = ""
+    """Asked once a second while it runs: without an answer for long, or with 503 and a reason from ``/livez``, it is ended and started
+    again. As ``ready``, but any answer of ``http`` counts; empty: only its end is seen."""
     ports: Mapping[str, int] = field(default_factory=dict)
     """Ports it listens on, by the setting that chooses them; checked to be free before the start."""
     after: tuple[str, ...] = ()

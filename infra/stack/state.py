@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from infra.stack.spec import start_ticks
 
-State = Literal["waiting", "starting", "ready", "restarting", "stopping", "stopped"]
+State = Literal["waiting", "starting", "ready", "restarting", "failing", "stopping", "stopped"]
+"""``failing``: it ends or hangs again and again; it is still started again, with pauses of 10 s."""
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,10 @@ class ProcessStatus:
     """Its log file."""
     restarts: int = 0
     """Unplanned ends since the stack was started."""
+    reason: str = ""
+    """Why it was started again the last time."""
+    restarted_at: float = 0.0
+    """When that was, seconds since the epoch."""
     ready_s: float = 0.0
     """Seconds from its start until it was ready."""
     ticks: int = 0

@@ -256,3 +256,86 @@ def test_the_whole_local_stack_continues_from_its_data(tmp_path: Path) -> None:
             stack.up()
     finally:
         stack.down()
+
+
+STUCK = """
+import json, os, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        stuck = os.path.exists(sys.argv[2])
+        if stuck: os.unlink(sys.argv[2])
+        self.send_response(503 if stuck else 200); self.end_headers()
+        self.wfile.write(json.dumps({"status": "stuck", "reason": "5 records wait and none was stored for 61 s"} if stuck else {}).encode())
+    def log_message(self, *_): pass
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def watched(settings: Settings) -> Settings:
+    """The same stack with a watcher that is quick to judge."""
+    return load_settings({**settings.as_environ(), "MARKETSTREAM_WATCHDOG_SILENT_S": "1"})
+
+
+def the(stack: Stack, name: str) -> state.ProcessStatus:
+    """One process as its supervisor sees it."""
+    return next(status for status in stack.status(check=False) if status.name == name)
+
+
+def test_a_stopped_process_is_found_and_started_again(settings: Settings) -> None:
+    """SIGSTOP: it lives, its port is open, and it answers nobody. The reason is kept; a neighbour that answers is left alone."""
+    settings = watched(settings)
+    live = {"web": f"http://127.0.0.1:{settings.ports.collector}/livez", "api": f"http://127.0.0.1:{settings.ports.api}/livez"}
+    stack = Stack(settings, [server(settings, "web", live=live["web"]), server(settings, "api", live=live["api"])])
+    before = {status.name: status.pid for status in stack.up()}
+    eventually(lambda: the(stack, "web").state == "ready")
+    time.sleep(2.5)  # it has answered
+    os.kill(before["web"], signal.SIGSTOP)
+    began = time.monotonic()
+    eventually(lambda: the(stack, "web").restarts == 1 and the(stack, "web").state == "ready")
+    took = time.monotonic() - began
+    status, neighbour = the(stack, "web"), the(stack, "api")
+    stack.down()
+    assert took < 10 and status.pid != before["web"] and "did not answer for" in status.reason and status.restarted_at > 0
+    assert neighbour.pid == before["api"] and neighbour.restarts == 0
+
+
+def test_a_process_that_says_it_is_stuck_is_started_again_with_its_reason(settings: Settings, tmp_path: Path) -> None:
+    """Once for each time it says so."""
+    flag, port = tmp_path / "stuck", settings.ports.collector
+    ready = f"http://127.0.0.1:{port}/"
+    spec = ProcessSpec(name="web", argv=(sys.executable, "-c", STUCK, str(port), str(flag)), ready=ready, live=ready)
+    stack = Stack(settings, [spec])
+    stack.up()
+    flag.touch()
+    eventually(lambda: the(stack, "web").restarts == 1 and the(stack, "web").state == "ready")
+    status = the(stack, "web")
+    assert status.reason.startswith("5 records wait and none was stored for 61 s")
+    time.sleep(3)
+    assert the(stack, "web").restarts == 1
+    stack.down()
+
+
+def test_a_process_that_ends_again_and_again_is_failing_with_growing_pauses(settings: Settings, tmp_path: Path) -> None:
+    """Pauses of 0.1 s doubling; five ends in a minute are called by name; it recovers when the reason is gone."""
+    flag, starts = tmp_path / "broken", tmp_path / "starts"
+    code = (
+        "import os, sys, time\n"
+        "open(sys.argv[2], 'a').write(f'{time.time()}\\n')\n"
+        "print('cannot work like this', file=sys.stderr)\n"
+        "time.sleep(1000 if not os.path.exists(sys.argv[1]) else 0)"
+    )
+    # ready at once where nothing is probed: it "runs" and ends
+    stack = Stack(settings, [ProcessSpec(name="loop", argv=(sys.executable, "-c", code, str(flag), str(starts)))])
+    first = stack.up()[0].pid
+    flag.touch()
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: the(stack, "loop").state == "failing")
+    status = the(stack, "loop")
+    assert status.restarts >= 5 and "cannot work like this" in status.reason
+    times = [float(line) for line in starts.read_text().split()]
+    pauses = [after - before for before, after in zip(times[1:], times[2:], strict=False)]
+    assert all(later > earlier * 1.3 for earlier, later in zip(pauses[1:], pauses[2:], strict=False)), pauses
+    flag.unlink()
+    eventually(lambda: the(stack, "loop").state == "ready", 20)
+    stack.down()
