@@ -448,6 +448,23 @@ def schemas_freeze(
 
 
 @app.command()
+def simulate(
+    seed: Annotated[int | None, typer.Option(min=0, help="The world to run; the same seed is the same world, event by event.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Many worlds: A..B, as in 1..1000.")] = None,
+    kills: Annotated[int | None, typer.Option(min=0, help="Kill points of each world; by default the seed decides.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Nothing goes wrong: five minutes as fast as they go.")] = False,
+    plant: Annotated[str | None, typer.Option(help="Plant this bug and stop at the first world that finds it.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Print every event.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run the pipeline in a seeded world whose network, broker, store and processes fail; exit code 1 when an invariant breaks."""
+    from infra.cli.simulate import run
+
+    raise typer.Exit(run(Output(as_json=as_json), seed=seed, seeds=seeds, kills=kills, plain=plain, plant=plant, trace=trace))
+
+
+@app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="engine, box, bars, collector, latency, ...; none: all.")] = None,
     as_json: Json = False,

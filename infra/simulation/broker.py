@@ -105,6 +105,15 @@ class SimBroker:
         """Whether the calling process reaches the broker."""
         return self.up
 
+    def inject(self, place: Place, value: bytes) -> None:
+        """A record by somebody else."""
+        if self.up:
+            log = self.logs[place]
+            log.records.append(Record(None, value, self.loop.now_us // 1000 * 1000, 0, 0))
+            self.trace.note("append", *place, len(log.records) - 1, data=value)
+            self._unsynced[place] = None
+            self._sync_soon()
+
     # -- crash
 
     def crash(self) -> None:

@@ -119,6 +119,8 @@ class Received:
     resets: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     snapshots: int = 0
+    seq: int = 0
+    """Number of the newest message on this connection."""
 
 
 class Subscriber:
@@ -155,6 +157,7 @@ class Subscriber:
         outside.loop.spawn(process, stream({"type": "websocket", "extensions": {RAW_WRITER: wire}}, wire.receive, wire.send))
         for number, (series, state) in enumerate(self.received.items()):
             channel, exchange, symbol, timeframe = series
+            state.seq = 0
             request: dict[str, Any] = {"op": "subscribe", "id": number, "channel": channel, "exchange": exchange, "symbol": symbol}
             request |= ({"timeframe": timeframe} if timeframe else {}) | ({"from": state.cursor} if state.cursor else {"limit": 0})
             wire.say(json.dumps(request))
@@ -173,6 +176,9 @@ class Subscriber:
         series = (message["channel"], message["exchange"], message["symbol"], message.get("timeframe", ""))
         state = self.received[series]
         self.confirmed.add(series)
+        if message["seq"] != state.seq + 1:
+            state.errors.append(f"message {message['seq']} followed message {state.seq}")
+        state.seq = message["seq"]
         state.cursor = message["cursor"]
         self._outside.trace.note("client", *series, kind, state.cursor)
         if kind == "reset":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Final
@@ -74,6 +74,8 @@ class Tuning:
     snapshot_interval_s: float = 5.0
     sink_linger_s: float = 1.0
     api_poll_s: float = 5.0
+    page_rows: int = 1_000
+    """Trades of one REST page: a few, so that gaps have several."""
 
 
 @dataclass(slots=True)
@@ -193,7 +195,7 @@ async def run_collector(outside: Outside) -> None:
     producer = outside.producer(clock)
     resume = await asyncio.to_thread(last_positions, outside.broker)
     host, port = EXCHANGE_PLACE
-    venue = venue_of(EXCHANGE, rest_url=f"http://{host}:{port}", ws_url=f"ws://{host}:{port}")
+    venue = replace(venue_of(EXCHANGE, rest_url=f"http://{host}:{port}", ws_url=f"ws://{host}:{port}"), page_rows=outside.tuning.page_rows)
     async with httpx.AsyncClient(timeout=10.0, trust_env=False, verify=False) as http:
         rest = BinanceRest(venue, http, clock, Breaker("rest", BreakerConfig(failures=20, open_s=2.0)))
         collector = BinanceCollector(
@@ -443,7 +445,6 @@ async def run_api(outside: Outside) -> None:
     await asyncio.get_running_loop().create_future()
 
 
-def describe(value: bytes) -> str:
+def describe(row: Mapping[str, Any]) -> str:
     """A dead letter as text, for the report of a failing seed."""
-    row = row_codec("deadletter").decode(value)
     return json.dumps({name: row[name] for name in ("reason", "detail", "component", "exchange", "symbol")})

@@ -60,7 +60,36 @@ class Scenario:
     targets: tuple[str, ...] = COMPONENTS
     faults: bool = True
     """Whether the network, the exchange, the broker and the store misbehave besides."""
+    skew_us: int = 0
+    """How far the collector's wall clock is off."""
     tuning: Tuning = field(default_factory=Tuning)
+
+    @classmethod
+    def drawn(cls, seed: int, *, kills: int | None = None, targets: tuple[str, ...] = COMPONENTS) -> Scenario:
+        """The scenario of a seed: rates, waits and sizes differ from one to the next, so that bugs of few sizes are met too."""
+        random = Random(f"{seed}/scenario")
+        tuning = Tuning(
+            partitions=random.choice((1, 2)),
+            rate=random.choice((3.0, 6.0, 12.0)),
+            linger_ms=random.choice((100.0, 250.0, 500.0)),
+            snapshot_interval_s=random.choice((0.5, 2.0, 5.0)),
+            sink_linger_s=random.choice((0.3, 1.0, 2.0)),
+            page_rows=random.choice((5, 20, 1_000)),
+        )
+        return cls(
+            seed=seed,
+            duration_s=25.0,
+            kills=random.randint(2, 8) if kills is None else kills,
+            targets=targets,
+            skew_us=random.choice((0, 0, -3_000_000, 40_000_000)),
+            tuning=tuning,
+        )
+
+    @classmethod
+    def plain(cls, seed: int) -> Scenario:
+        """Nothing goes wrong: five minutes as fast as they go."""
+        tuning = Tuning(partitions=1, rate=2.0, linger_ms=2_000.0, heartbeat_ms=2_000.0, check_s=1.0, sink_linger_s=5.0)
+        return cls(seed=seed, duration_s=300.0, kills=0, faults=False, tuning=tuning)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -105,7 +134,7 @@ class World:
         tuning = scenario.tuning
         self.broker = SimBroker(self.loop, Random(f"{seed}/broker"), self.trace, tuning.partitions)
         self.store = SimStore(Random(f"{seed}/store"), self.trace, tuning.partitions)
-        self.outside = Outside(self.loop, self.broker, self.store, self.trace, tuning, seed)
+        self.outside = Outside(self.loop, self.broker, self.store, self.trace, tuning, seed, {"collector": scenario.skew_us})
         self.exchange: SimulatedExchange
         self.subscriber: Subscriber
         self.processes: dict[str, Process] = {}
@@ -308,7 +337,21 @@ class World:
         """Something that is not a kill."""
         random = self.random
         kind = random.choice(
-            ("cut", "silence", "stalls", "drop", "duplicate", "reorder", "client", "answers", "store answers", "store away", "refused")
+            (
+                "cut",
+                "silence",
+                "stalls",
+                "drop",
+                "duplicate",
+                "reorder",
+                "client",
+                "answers",
+                "store answers",
+                "store away",
+                "refused",
+                "again",
+                "poison",
+            )  # fmt: skip
         )
         self.trace.note("mishap", kind)
         network, broker, store = self.network, self.broker, self.store
@@ -323,6 +366,8 @@ class World:
         elif kind in ("drop", "duplicate", "reorder"):
             symbol = random.choice(self.exchange.exchange.venues["spot"].market.universe.symbols)
             self.exchange.inject({"fault": kind, "symbol": symbol, "count": random.randint(2, 5)})
+        elif kind in ("again", "poison"):
+            self._inject(kind)
         elif kind == "client":
             if self.subscriber.wire is not None:
                 self.subscriber.wire.cut()
@@ -338,6 +383,15 @@ class World:
         else:
             store.up = False
             later(random.uniform(0.5, 4.0), lambda: setattr(store, "up", True))
+
+    def _inject(self, kind: str) -> None:
+        """A record of trades that nobody can read, or a recent one once more, as a second collector would send it."""
+        partition = self.random.randrange(self.broker.partitions)
+        records = self.broker.logs[("trades", partition)].records
+        if kind == "poison":
+            self.broker.inject(("trades", partition), b"\x00\x00\x00\x00\x01" + self.random.randbytes(20))
+        elif records:
+            self.broker.inject(("trades", partition), records[-self.random.randint(1, min(10, len(records)))].value)
 
     def _fair_weather(self) -> None:
         self.network.weather = replace(self.network.weather, stall_share=0.0, cut_share=0.0)
