@@ -18,8 +18,10 @@ from api.letters import Letters
 from api.live.hub import Hub
 from api.metrics import Metrics, tail_metrics
 from api.openapi import document
+from api.quality import Quality
 from api.routes.deadletters import DeadLetterRoutes
 from api.routes.history import HistoryRoute
+from api.routes.quality import QualityRoute
 from api.routes.system import SystemRoutes
 from api.sessions import Sessions
 from api.sessions_feed import SessionFeeds
@@ -73,6 +75,7 @@ class Api:
         letters = DeadLetterRoutes(Letters(self.deps.history, self.deps.letters))
         self._route("/api/v1/deadletters", "deadletters", letters.listed, cached=True)
         self._route("/api/v1/deadletters/{id}", "deadletter", letters.one)
+        self._route("/api/v1/quality/{symbol}", "quality", QualityRoute(Quality(self.deps.history), self.catalogue), cached=True)
         for channel in ("bars", "trades"):
             places = (self.hub.epoch, self.hub.partition)
             handler = HistoryRoute(channel, self.history, self.catalogue, *places, self.sessions, self.deps.limits)

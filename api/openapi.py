@@ -94,6 +94,23 @@ def document(version: str) -> bytes:
             "bars", "Bars of one instrument", [*_series(), timeframe, *_range()], _page(bars, problem)
         ),
         "/api/v1/trades/{exchange}/{symbol}": _get("trades", "Trades of one instrument", [*_series(), *_range()], _page(trades, problem)),
+        "/api/v1/quality/{symbol}": _get(
+            "quality",
+            "How good the feeds of a symbol are, and which of its trades are suspect",
+            [
+                _series()[1],
+                _query("exchange", "Only this exchange.", {"type": "string"}),
+                _query("source", "Only this source of its trades, e.g. binance/ws.", {"type": "string"}),
+                *_range()[:2],
+                _query(
+                    "limit", "Scores of each feed, of ten seconds each.", {"type": "integer", "minimum": 1, "maximum": 8_640, "default": 60}
+                ),
+            ],
+            {"200": _response("Feeds with scores, anomalies and bands; suspects.", {"application/json": {"schema": {"type": "object"}}})}
+            | _errors(
+                problem, ("unknown_exchange", "unknown_symbol", "unknown_parameter", "invalid_limit", "invalid_time", "invalid_range")
+            ),
+        ),
         "/livez": _get(
             "livez",
             "The process lives and gets on",
