@@ -39,6 +39,8 @@ repair_app = typer.Typer(help="Bars of the past made anew where their trades cha
 app.add_typer(repair_app, name="repair")
 deadletter_app = typer.Typer(help="What could not be processed, and what is done about it.", no_args_is_help=True)
 app.add_typer(deadletter_app, name="deadletter")
+quarantine_app = typer.Typer(help="Suspect trades that are held back from the bars, and what is done about them.", no_args_is_help=True)
+app.add_typer(quarantine_app, name="quarantine")
 schemas_app = typer.Typer(help="Schemas of the topics, and whether releases can live side by side.", no_args_is_help=True)
 app.add_typer(schemas_app, name="schemas")
 
@@ -425,6 +427,103 @@ def deadletter_drop(
     from infra.cli.deadletter import drop as run
 
     raise typer.Exit(run(Output(as_json=as_json), data_dir=data_dir, letters=letters or [], reason=reason))
+
+
+@app.command()
+def quality(
+    symbol: Annotated[str | None, typer.Argument(help="Canonical symbol, e.g. BTC-USDT; none: all.")] = None,
+    exchange: Annotated[str | None, typer.Option(help="Only of this venue.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=8_640, help="Sum up so many scores of ten seconds each.")] = 60,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """How good each feed is: score, anomalies and the band of its prices, worst first."""
+    from infra.cli.quality import quality as run
+
+    run(Output(as_json=as_json), data_dir=data_dir, symbol=symbol, exchange=exchange, limit=limit)
+
+
+SuspectExchange = Annotated[str | None, typer.Option("--exchange", help="Only of this venue.")]
+SuspectSymbol = Annotated[str | None, typer.Option("--symbol", help="Only of this symbol.")]
+SuspectReason = Annotated[str | None, typer.Option("--reason", help="price or time.")]
+SuspectIds = Annotated[list[int] | None, typer.Argument(min=0, help="Trade ids, as `quarantine list` shows them.")]
+
+
+@quarantine_app.command("list")
+def quarantine_list(
+    exchange: SuspectExchange = None,
+    symbol: SuspectSymbol = None,
+    reason: SuspectReason = None,
+    state: Annotated[str | None, typer.Option(help="held, confirmed, released or discarded.")] = None,
+    since: Annotated[str | None, typer.Option(help="Traded since this time, or how long ago: 10m.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most that many, the newest.")] = 50,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List suspect trades with their state, newest first."""
+    from infra.cli.quarantine import list_suspects as run
+
+    run(
+        Output(as_json=as_json),
+        data_dir=data_dir,
+        exchange=exchange,
+        symbol=symbol,
+        reason=reason,
+        state=state,
+        since=since,
+        limit=limit,
+    )
+
+
+@quarantine_app.command("show")
+def quarantine_show(
+    trade_id: Annotated[int, typer.Argument(min=0, help="Trade id.")],
+    exchange: SuspectExchange = None,
+    symbol: SuspectSymbol = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """One suspect with what it was held against."""
+    from infra.cli.quarantine import show as run
+
+    run(Output(as_json=as_json), data_dir=data_dir, trade_id=trade_id, exchange=exchange, symbol=symbol)
+
+
+@quarantine_app.command("release")
+def quarantine_release(
+    trade_ids: SuspectIds = None,
+    exchange: SuspectExchange = None,
+    symbol: SuspectSymbol = None,
+    reason: SuspectReason = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let suspects into the bars; those they belong to are made anew."""
+    from infra.cli.quarantine import release as run
+
+    how = {"trade_ids": trade_ids or [], "exchange": exchange, "symbol": symbol, "reason": reason}
+    raise typer.Exit(run(Output(as_json=as_json), data_dir=data_dir, **how))
+
+
+@quarantine_app.command("discard")
+def quarantine_discard(
+    trade_ids: SuspectIds = None,
+    exchange: SuspectExchange = None,
+    symbol: SuspectSymbol = None,
+    reason: SuspectReason = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Keep suspects out of the bars for good; bars that hold one are made anew."""
+    from infra.cli.quarantine import discard as run
+
+    how = {"trade_ids": trade_ids or [], "exchange": exchange, "symbol": symbol, "reason": reason}
+    raise typer.Exit(run(Output(as_json=as_json), data_dir=data_dir, **how))
 
 
 @schemas_app.command("check")
