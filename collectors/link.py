@@ -101,6 +101,7 @@ class Link:
         # a bucket of one and 60 % of the rate: four messages in any second of five, one is left for a ping or a pong
         self._budget = RateLimit(RateLimitConfig(weight_per_minute=60 * feed.messages_per_s, burst=1.0, share=0.6))
         self._probe_after_us = 0
+        self._probe_sent_us = 0  # of the ping that is not answered yet; 0: none
 
     async def subscribe(self, wanted: Callable[[], set[str]]) -> None:
         """Bring the subscriptions to what is wanted, also when that changes meanwhile. Raises WireError."""
@@ -121,12 +122,17 @@ class Link:
         """Whether a ping may be sent: the one before is answered and some time has passed."""
         return mono_us >= self._probe_after_us
 
+    def unanswered_us(self, mono_us: int) -> int:
+        """How long our last ping has waited for its answer; 0: none waits."""
+        return mono_us - self._probe_sent_us if self._probe_sent_us else 0
+
     async def probe(self) -> int | None:
         """Ping; the monotonic time it was sent once it is answered, None when the connection ended."""
-        sent_us = self._clock.monotonic_us()
+        sent_us = self._probe_sent_us = self._clock.monotonic_us()
         self._probe_after_us = _NEVER_US
         with contextlib.suppress(WireError):
             await self.connection.probe()
+            self._probe_sent_us = 0
             self._probe_after_us = sent_us + PROBE_INTERVAL_US
             return sent_us
         return None

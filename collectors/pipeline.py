@@ -2,32 +2,38 @@
 
 messages -> mapper -> plausible times -> sequencer (duplicates, gaps) -> batcher -> frames with the shard's watermark
 
-The shell calls :meth:`Pipeline.receive` for every chunk, :meth:`Pipeline.take` once a linger, and sends what comes back.
+The shell calls :meth:`Pipeline.receive` for every chunk, :meth:`Pipeline.take` once a linger, sends what comes back and says so
+(:meth:`Ledger.sent`). What is missing is told twice: as notices in the frames of trades, in the order of the rows, and as rows of the
+ledger (topic ``gaps``). That a gap opened is told at once; that it is filled only after its rows are safe (:meth:`Ledger.take_ready`):
+a collector that dies in between goes on with the gap.
 Bounded by ``max_staged_bytes`` (raw messages that wait for the next round) and the batcher's ``max_pending_rows``.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from collectors.batcher import Batcher
-from collectors.dedupe import STATE_FILLED, STATE_UNFILLABLE, Gap, Sequencer
+from collectors.coverage import Coverage, Resume
+from collectors.dedupe import Gap, Sequencer
+from collectors.ledger import Ledger
 from collectors.stale import StaleDetector
 from collectors.stats import FeedStats
 from collectors.watermark import Watermark
 from collectors.wire import MAX_DEADLETTER_BYTES, Array, DeadLetters, Mapper, Reply
 from schemas.frames import Frame
-from schemas.partitions import partition_of
 
 logger = logging.getLogger(__name__)
 
 MAX_REJECTED_A_ROUND: Final = 1_000
 """Dead letters of one round at most; the rest is counted. A venue that changed its format would otherwise flood the topic."""
+REVISION_US: Final = 20_000_000
+"""Rows fetched for a gap that holds the watermark go out live when they are late by less: bars are revised for 30 s after they closed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +59,7 @@ class Pipeline:
         stats: counters.
         on_reply: called with each answer of the venue to a request.
         on_gap: called with each gap that opens; the shell backfills it and calls :meth:`gap_done`.
+        coverage: this shard's own; None: a fresh one.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class Pipeline:
         on_reply: Callable[[Reply], None],
         on_gap: Callable[[Gap], None],
         config: PipelineConfig | None = None,
+        coverage: Coverage | None = None,
     ) -> None:
         self.exchange = exchange
         self.mapper = mapper
@@ -79,21 +87,35 @@ class Pipeline:
         self.stats = stats
         self._dead_letters = dead_letters
         self._on_reply = on_reply
-        self._on_gap = on_gap
         self._config = config or PipelineConfig()
         self._streams: dict[int, str] = {}  # code -> stream
         self._messages: list[bytes] = []
         self._chunks: list[tuple[int, int]] = []  # (messages, receive time us)
         self.staged_bytes = 0
+        self.ledger = Ledger(
+            sequencer=sequencer,
+            watermark=watermark,
+            batcher=batcher,
+            coverage=coverage or Coverage(),
+            stats=stats,
+            on_gap=on_gap,
+            hold_gap_ids=self._config.hold_gap_ids,
+        )
+        self.subscribed = False
+        """Whether everything wanted is subscribed; kept by the shell."""
+        self._newest_us = 0  # newest exchange time of the last round that had rows
 
-    def add_symbol(self, key: str, stream: str, mono_us: int, *, last_id: int = -1, last_time_us: int = 0) -> int:
-        """Code of an instrument whose rows arrive on ``stream``; ``last_id`` continues what was stored before a restart."""
+    def add_symbol(self, key: str, stream: str, mono_us: int, *, resume: Resume | None = None) -> int:
+        """Code of an instrument whose rows arrive on ``stream``; ``resume``: what an earlier process left."""
         code = self.batcher.code_of(key)
         self.mapper.bind(stream, code)
         self._streams[code] = stream
         self.sequencer.forget(code)  # a symbol that was removed and comes back starts anew
-        self.sequencer.add(code, last_id, last_time_us)
         self.stale.watch(code, mono_us)
+        if resume is None:
+            self.ledger.add(code)
+        else:
+            self.ledger.resume(code, resume, mono_us)
         return code
 
     def stream_of(self, code: int) -> str:
@@ -103,13 +125,14 @@ class Pipeline:
     def remove_symbol(self, key: str) -> None:
         """No more rows are expected; those under way still pass."""
         code = self.batcher.code_of(key)
-        self.sequencer.forget(code)
+        self.ledger.remove(code)
         self.stale.forget(code)
 
     def receive(self, messages: list[bytes], receive_time_us: int) -> None:
         """Stage the messages of one chunk."""
         self._messages += messages
         self._chunks.append((len(messages), receive_time_us))
+        self.ledger.clock(receive_time_us)
         self.staged_bytes += sum(map(len, messages))
 
     @property
@@ -137,21 +160,26 @@ class Pipeline:
         )
 
     def take(
-        self, mono_us: int, previous_mono_us: int, *, sink_behind: bool = False, all_partitions: bool = False
+        self, mono_us: int, previous_mono_us: int, *, sink_behind: bool = False, all_partitions: bool = False, wall_us: int = 0
     ) -> list[tuple[str, int, Frame]]:
-        """Process what is staged; everything that can go out now, as (topic, partition, frame).
+        """Process what is staged; everything that can go out now, as (topic, partition, frame). Call ``ledger.sent()`` when it went.
 
         Args:
             mono_us: now.
             previous_mono_us: time of the round before: everything the socket held then has been received since.
             sink_behind: the frames of the round before waited for the sink.
             all_partitions: a heartbeat to every partition, due or not.
+            wall_us: wall-clock time; 0: that of the newest chunk.
         """
+        if wall_us:
+            self.ledger.clock(wall_us)
         self._process(mono_us)
+        self.ledger.settle()
         watermark_us = self.watermark.read(previous_mono_us)
+        self.ledger.tick(mono_us, watermark_us, subscribed=self.subscribed)
         frames = self.batcher.take(mono_us, watermark_us, sink_behind=sink_behind, all_partitions=all_partitions)
         self.stats.frames += len(frames)
-        return [("trades", partition, frame) for partition, frame in frames]
+        return self.ledger.take_urgent() + [("trades", partition, frame) for partition, frame in frames]
 
     def _process(self, mono_us: int) -> None:
         messages = self._messages
@@ -177,8 +205,9 @@ class Pipeline:
             columns = {name: column[keep] for name, column in columns.items()}
             receive_us = receive_us[keep]
         if len(receive_us):
+            self._newest_us = int(columns["exchange_time_us"].max())
             self.stale.observe(np.flatnonzero(np.bincount(columns["symbol_code"])), mono_us)
-            self.stats.last_exchange_time_us = max(self.stats.last_exchange_time_us, int(columns["exchange_time_us"].max()))
+            self.stats.last_exchange_time_us = max(self.stats.last_exchange_time_us, self._newest_us)
             self.stats.last_receive_time_us = int(receive_us[-1])
         self._add_rows(columns, receive_us, mono_us)
 
@@ -193,10 +222,10 @@ class Pipeline:
             self.watermark.observe(int(exchange_us[keep].max()), mono_us)
         return keep
 
-    def _add_rows(self, columns: dict[str, Array], receive_us: Array, mono_us: int) -> int:
+    def _add_rows(self, columns: dict[str, Array], receive_us: Array, mono_us: int) -> None:
         codes = columns["symbol_code"]
         if len(codes) == 0:
-            return 0
+            return
         duplicates = self.sequencer.duplicates
         keep, opened = self.sequencer.process(codes, columns["trade_id"], columns["exchange_time_us"])
         self.stats.duplicates += self.sequencer.duplicates - duplicates
@@ -204,66 +233,46 @@ class Pipeline:
             columns = {name: column[keep] for name, column in columns.items()}
             receive_us = receive_us[keep]
             codes = columns["symbol_code"]
+        if len(codes):
+            self.ledger.coverage.began(codes, columns["exchange_time_us"])
         for gap in opened:
-            self._gap_opened(gap, mono_us)
-        if self.sequencer.abandoned:  # whoever fetches them reports them; what is fetched of them is dropped
-            self.stats.error("gap_abandoned", len(self.sequencer.abandoned))
-            self.sequencer.abandoned.clear()
+            self.ledger.opened(gap, mono_us)
+        self.ledger.report_given_up()
         if len(codes):
             self.stats.trades += len(codes)
             self.batcher.add({**columns, "receive_time_us": receive_us})
-        return len(codes)
 
-    def venue_is_at(self, code: int, last_id: int, mono_us: int) -> None:
-        """The venue says that its newest trade of a symbol is ``last_id``: what we do not have up to there is a gap."""
-        gap = self.sequencer.open_until(code, last_id, self.stats.last_exchange_time_us)
-        if gap is not None:
-            self._gap_opened(gap, mono_us)
+    def connection_lost(self, evidence: int, mono_us: int) -> None:
+        """The feed is down, or believed so: from where it was last heard of nobody knows, until a row or the venue settles it."""
+        if len(self._messages) <= self.batcher.room:
+            self._process(mono_us)  # what came before the loss proves nothing about the time after it
+        self.subscribed = False
+        # rows of other symbols came until then, and what is older than them by the lateness had come as well
+        self.ledger.lost(evidence, self._newest_us - self.watermark.lateness_us)
 
-    def _gap_opened(self, gap: Gap, mono_us: int) -> None:
-        self.stats.gaps_opened += 1
-        if gap.missing_ids <= self._config.hold_gap_ids:
-            self.watermark.hold(gap_hold(gap), mono_us)
-        self._on_gap(gap)
+    def backfill(self, gap: Gap, columns: dict[str, Array], receive_time_us: int, mono_us: int) -> int:
+        """Add rows that were fetched for a gap; those that no open gap of its symbol misses are dropped. Returns how many were new.
 
-    def backfill(self, columns: dict[str, Array], receive_time_us: int, mono_us: int) -> int:
-        """Add rows that came over REST for open gaps; those that arrived meanwhile are dropped. Returns how many were new."""
-        receive_us = np.full(len(columns["symbol_code"]), receive_time_us, np.int64)
-        added = self._add_rows(columns, receive_us, mono_us)
-        self.stats.backfilled += added
-        return added
-
-    def gap_done(self, gap: Gap, receive_time_us: int, *, complete: bool) -> tuple[str, int, Frame]:
-        """Close a gap: release the watermark and say what became of it, as a frame of topic ``gaps``.
-
-        ``complete``: everything the venue has was delivered; otherwise what is still missing is lost.
+        Args:
+            gap: it decides whether late rows may still go out live.
+            columns: trade_id, price, size, side, exchange_time_us.
         """
-        self.sequencer.close(gap)
-        self.watermark.release(gap_hold(gap))
-        filled = complete or not gap.missing
-        if filled:
-            self.stats.gaps_filled += 1
-        else:
-            self.stats.gaps_unfillable += 1
-        intervals = [(gap.first_id, gap.last_id)] if filled else gap.missing
-        return self._gap_frame(gap, intervals, STATE_FILLED if filled else STATE_UNFILLABLE, receive_time_us)
-
-    def _gap_frame(self, gap: Gap, intervals: Sequence[tuple[int, int]], state: int, receive_time_us: int) -> tuple[str, int, Frame]:
-        key = self.batcher.key_of(gap.code)
-        rows = len(intervals)
-        columns: dict[str, np.ndarray[Any, Any]] = {
-            "symbol_code": np.zeros(rows, np.int32),
-            "first_missing_id": np.array([first for first, _ in intervals], np.int64),
-            "last_missing_id": np.array([last for _, last in intervals], np.int64),
-            "start_time_us": np.full(rows, gap.start_time_us, np.int64),
-            "end_time_us": np.full(rows, gap.end_time_us, np.int64),
-            "evidence": np.full(rows, gap.evidence, np.int8),
-            "state": np.full(rows, state, np.int8),
-            "exchange_time_us": np.full(rows, gap.end_time_us, np.int64),
-            "receive_time_us": np.full(rows, receive_time_us, np.int64),
-        }
-        frame = Frame(source=self.batcher.source, watermark_us=gap.start_time_us, symbols=(key,), columns=columns)
-        return "gaps", partition_of(key, self.batcher.config.partitions), frame
+        self.ledger.clock(receive_time_us)
+        keep = self.sequencer.fill(gap.code, columns["trade_id"], columns["exchange_time_us"])
+        rows = int(np.count_nonzero(keep))
+        if rows:
+            found = {name: column[keep] for name, column in columns.items()}
+            found["symbol_code"] = np.full(rows, gap.code, np.int32)
+            found["receive_time_us"] = np.full(rows, receive_time_us, np.int64)
+            promised_us = self.watermark.value
+            least_us = 0 if promised_us is None else promised_us - (REVISION_US if self.ledger.holds(gap, mono_us) else 0)
+            past = found["exchange_time_us"] < least_us
+            for history, mask in ((True, past), (False, ~past)):
+                if mask.any():
+                    self.batcher.add({name: column[mask] for name, column in found.items()}, history=history)
+            self.stats.trades += rows
+            self.stats.backfilled += rows
+        return rows
 
     def _reject_all(self, items: list[tuple[int, str, str]], messages: list[bytes], times: Array) -> None:
         for index, reason, detail in items[:MAX_REJECTED_A_ROUND]:
@@ -278,8 +287,3 @@ class Pipeline:
                 MAX_REJECTED_A_ROUND,
                 items[0][2],
             )
-
-
-def gap_hold(gap: Gap) -> str:
-    """Name under which a gap holds the watermark."""
-    return f"gap {gap.code} {gap.first_id}"

@@ -31,12 +31,15 @@ class RateLimit:
         self.used_weight = 0
         """Weight of the running minute as the venue last reported it."""
 
-    def wait_s(self, weight: float, mono_us: int) -> float:
-        """Seconds to wait before a request of ``weight`` may be sent; 0: now. Takes nothing."""
+    def wait_s(self, weight: float, mono_us: int, *, reserve_share: float = 0.0) -> float:
+        """Seconds to wait before a request of ``weight`` may be sent; 0: now. Takes nothing.
+
+        ``reserve_share``: this part of the bucket must be left afterwards, for requests that matter more.
+        """
         self._refill(mono_us)
         blocked_us = max(0, self._blocked_until_us - mono_us)
         # a request heavier than the bucket passes when the bucket is full; otherwise it would wait for ever
-        missing = min(weight, self._burst) - self._tokens
+        missing = min(weight + reserve_share * self._burst, self._burst) - self._tokens
         return max(blocked_us, missing / self._rate_per_us, 0.0) / 1e6
 
     def take(self, weight: float, mono_us: int) -> None:

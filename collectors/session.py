@@ -15,10 +15,12 @@ from typing import Any, Final
 from collectors.backoff import Backoff
 from collectors.breaker import Breaker
 from collectors.connection import ConnectionConfig, is_retryable, open_connection
+from collectors.dedupe import EVIDENCE_HEARTBEAT, EVIDENCE_RESTART, EVIDENCE_SILENCE
 from collectors.errors import BreakerOpenError, WireError
 from collectors.link import Answers, Feed, Link
 from collectors.pipeline import Pipeline
 from collectors.wire import FrameSink, Reply
+from schemas.frames import Frame
 from schemas.seam import Clock
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,12 @@ PROVEN_US: Final = 5_000_000
 """A connection that held this long is a success of its own."""
 PROBE_SILENCE_US: Final = 250_000
 """A feed silent for this long is asked whether it lives; its watermark can then go on. Active feeds are never asked."""
+PROBE_DEAD_US: Final = 2_500_000
+"""A ping that is not answered for this long means a dead connection, however seldom the feed's symbols trade."""
+LEDGER_S: Final = 0.1
+"""Between two looks for ledger rows that wait for their trades to be safe."""
+RESUMED_ROUNDS: Final = 3
+"""Rounds after a pause of reading until what waited in the socket has been read."""
 BEHIND_US: Final = 10_000
 """A sink that needs longer than this for a round's frames is behind: frames grow."""
 
@@ -59,6 +67,7 @@ class Shard:
         sink: takes frames; may make us wait.
         clock, backoff, breaker, config: as named.
         on_connected: awaited in a task after every (re)connect that left a hole; until it returns the watermark is held.
+        on_silence: awaited in a task with the codes of symbols that went silent beyond their own law.
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class Shard:
         breaker: Breaker,
         config: SessionConfig | None = None,
         on_connected: Callable[[Shard], Awaitable[None]] | None = None,
+        on_silence: Callable[[Shard, list[int]], Awaitable[None]] | None = None,
     ) -> None:
         self.name = pipeline.batcher.source
         self.pipeline = pipeline
@@ -81,13 +91,15 @@ class Shard:
         self._feed, self._sink, self._clock, self._backoff = feed, sink, clock, backoff
         self._config = config or SessionConfig()
         self._on_connected = on_connected
+        self._on_silence = on_silence
+        self._evidence = EVIDENCE_RESTART  # how the loss of the last connection was noticed
         self._wanted: set[str] = set()
         self._changed = asyncio.Event()
         self._links: list[Link] = []
         self._answers = Answers()
         self._tasks: set[asyncio.Task[None]] = set()
         self._paused = False
-        self._rounds_since_resume = 0
+        self._rounds_since_resume = RESUMED_ROUNDS
         self._round_us = clock.monotonic_us()
         self._stopping = False
         self._pump_task: asyncio.Task[None] | None = None
@@ -118,12 +130,16 @@ class Shard:
 
     async def run(self) -> None:
         """Work until :meth:`stop`. Raises what no retry can help (a blocked region, a wrong address)."""
+        # an earlier process may have promised something: it stands until what was missed since is known
+        self.pipeline.watermark.hold(HOLD_DOWN, self._clock.monotonic_us())
         self._pump_task = asyncio.create_task(self._pump(), name=f"pump {self.name}")
+        self._spawn(self._write_ledger())
         keeper = asyncio.create_task(self._keep(), name=f"keep {self.name}")
         try:
             await asyncio.wait({self._pump_task, keeper}, return_when=asyncio.FIRST_COMPLETED)
             if self._stopping:  # the keeper ends at once, the pump when everything received is sent
                 await asyncio.wait({self._pump_task})
+                await self._send_ledger()
             for task in (self._pump_task, keeper):
                 if task.done() and not task.cancelled():
                     task.result()
@@ -166,6 +182,7 @@ class Shard:
             except Exception as exc:
                 now = self._clock.monotonic_us()
                 self.breaker.failed(now)
+                self.pipeline.connection_lost(EVIDENCE_RESTART, now)  # it may have delivered something before it failed
                 self.trouble = str(exc)
                 self.pipeline.stats.error("connect_failed")
                 if not is_retryable(exc):
@@ -184,7 +201,8 @@ class Shard:
         self._backoff.connected(now)
         self.trouble = ""
         pipeline.stale.connected(now)
-        pipeline.sequencer.connection_broke()
+        pipeline.subscribed = self.is_live
+        self._evidence = EVIDENCE_RESTART
         logger.info("%s: connected to %s with %d streams.", self.name, self._feed.url, len(link.subscribed))
         if self._on_connected is not None:
             pipeline.watermark.hold(HOLD_RECOVERY, now)
@@ -195,6 +213,7 @@ class Shard:
             return
         now = self._clock.monotonic_us()
         pipeline.watermark.hold(HOLD_DOWN, now)
+        pipeline.connection_lost(self._evidence, now)
         pipeline.stats.reconnections += 1
         self.trouble = f"The connection was lost: {reason}."
         wait_s = self._backoff.failed(now)
@@ -259,7 +278,10 @@ class Shard:
             await self._sleep_or_closed(link)
             if link.connection.closed.done():
                 self._drop(link)
-                return link.connection.closed.result()
+                reason = link.connection.closed.result()
+                if "ping timeout" in reason:  # the library's own heartbeat
+                    self._evidence = EVIDENCE_HEARTBEAT
+                return reason
             if self._stopping or not self._wanted:
                 await self._close(link)
                 return "nothing is wanted any more"
@@ -268,8 +290,15 @@ class Shard:
                 silence_s = self.pipeline.stale.feed_silence_us(self._round_us) / 1e6
                 self.pipeline.stats.stale_reconnects += 1
                 self.pipeline.stale.silence_was_quiet(now)
+                self._evidence = EVIDENCE_HEARTBEAT if link.unanswered_us(now) > PROBE_SILENCE_US else EVIDENCE_SILENCE
                 self._drop(link)
                 return f"nothing arrived for {silence_s:.1f} s, which its rate does not explain"
+            if link.unanswered_us(now) > PROBE_DEAD_US and not self._paused and self._rounds_since_resume >= RESUMED_ROUNDS:
+                self.pipeline.stats.stale_reconnects += 1
+                self._evidence = EVIDENCE_HEARTBEAT
+                self._drop(link)
+                return f"a ping was not answered for {link.unanswered_us(now) / 1e6:.1f} s"
+            self.pipeline.subscribed = self.is_live
             if not link.proven and now - link.connection.opened_us > PROVEN_US:
                 link.proven = True
                 self.breaker.succeeded(now)
@@ -302,6 +331,13 @@ class Shard:
             logger.warning("%s: %d streams went silent, subscribing again: %s", self.name, len(streams), ", ".join(sorted(streams)[:10]))
             link.again |= streams
             self._changed.set()
+            self.pipeline.ledger.went_silent(codes)
+            if self._on_silence is not None:
+                self._spawn(self._ask(codes))
+
+    async def _ask(self, codes: list[int]) -> None:
+        assert self._on_silence is not None
+        await self._on_silence(self, codes)
 
     async def _renew(self, old: Link) -> Link:
         """Replace ``old`` by a new connection without a hole; on failure it is kept and tried again later."""
@@ -359,10 +395,11 @@ class Shard:
                 await self._clock.sleep(self.pipeline.batcher.linger_us / 1e6)
             last = self._stopping and not self._links
             now = self._clock.monotonic_us()
-            frames = self.pipeline.take(now, previous_us, sink_behind=behind, all_partitions=last)
+            frames = self._take(now, previous_us, behind=behind, last=last)
             previous_us = self._round_us = now
             for topic_name, partition, frame in frames:
                 await self._sink.send(topic_name, partition, frame)
+            self.pipeline.ledger.sent()
             behind = self._clock.monotonic_us() - now > BEHIND_US
             self._after_round()
             if last and not self.pipeline.staged_bytes:
@@ -370,15 +407,35 @@ class Shard:
             if self._stopping:
                 await self._clock.sleep(0)
 
+    def _take(self, now: int, previous_us: int, *, behind: bool, last: bool) -> list[tuple[str, int, Frame]]:
+        pipeline, wall_us = self.pipeline, self._clock.now_us()
+        if last and not pipeline.staged_bytes:
+            pipeline.ledger.finish()
+        return pipeline.take(now, previous_us, sink_behind=behind, all_partitions=last, wall_us=wall_us)
+
+    async def _write_ledger(self) -> None:
+        """Say what became of gaps, once the trades it is about are safe."""
+        while True:
+            await self._clock.sleep(LEDGER_S)
+            await self._send_ledger()
+
+    async def _send_ledger(self) -> None:
+        ledger = self.pipeline.ledger
+        if ledger.waits:
+            frames = ledger.take_ready()
+            await self._sink.wait_acknowledged()
+            for topic_name, partition, frame in frames:
+                await self._sink.send(topic_name, partition, frame)
+
     def _after_round(self) -> None:
         if self._paused and self.pipeline.has_room:
             self._paused = False
             self._rounds_since_resume = 0
             for link in self._links:
                 link.connection.resume()
-        elif not self._paused and self._rounds_since_resume < 3:
+        elif not self._paused and self._rounds_since_resume < RESUMED_ROUNDS:
             self._rounds_since_resume += 1
-            if self._rounds_since_resume == 3:  # two whole rounds of reading: the newest time seen is the feed's own again
+            if self._rounds_since_resume == RESUMED_ROUNDS:  # two whole rounds of reading: the newest time seen is the feed's own again
                 self.pipeline.watermark.release(HOLD_BACKPRESSURE)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

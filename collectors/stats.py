@@ -29,6 +29,12 @@ class FeedStats:
     gaps_opened: int = 0
     gaps_filled: int = 0
     gaps_unfillable: int = 0
+    gaps_open: int = 0
+    """Gaps open now."""
+    oldest_gap_us: int = 0
+    """How long the oldest of them has been open, microseconds."""
+    symbols_lost: int = 0
+    """Symbols of which nobody knows now whether something is missed."""
     last_exchange_time_us: int = 0
     last_receive_time_us: int = 0
     errors: dict[str, int] = field(default_factory=dict)

@@ -79,6 +79,21 @@ class Watermark:
         limit = self._config.hold_limit_us
         return [reason for reason, since in sorted(self._holds.items(), key=lambda item: item[1]) if mono_us - since < limit]
 
+    @property
+    def value(self) -> int | None:
+        """What was promised last; None for nothing yet."""
+        return self._value
+
+    @property
+    def lateness_us(self) -> int:
+        """How much later than its peers a row may arrive."""
+        return self._config.lateness_us
+
+    def resume(self, promised_us: int) -> None:
+        """An earlier process promised this much: a hold from the start keeps it there. Without effect after the first row."""
+        if promised_us > 0 and self._anchor is None:
+            self._value = max(self._value or 0, promised_us)
+
     def read(self, mono_us: int) -> int | None:
         """The watermark, microseconds UTC; None before the first row.
 

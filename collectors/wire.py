@@ -86,6 +86,10 @@ class FrameSink(Protocol):
         """Queue a frame; returns when it is queued, waits while the queue is full. Order per partition is kept."""
         ...
 
+    async def wait_acknowledged(self) -> None:
+        """Wait until everything queued before this call survives the end of this process, while others go on sending."""
+        ...
+
 
 class DeadLetters(Protocol):
     """Takes what could not be processed. Must not block; counts what it cannot take."""

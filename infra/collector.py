@@ -20,11 +20,12 @@ import uvloop
 from prometheus_client import REGISTRY
 
 from collectors.batcher import BatcherConfig
-from collectors.binance.collector import BinanceCollector, CollectorConfig, Resume
+from collectors.binance.collector import BinanceCollector, CollectorConfig
 from collectors.binance.feed import Venue, venue_of
 from collectors.binance.mapper import BinanceMapper
 from collectors.binance.rest import BinanceRest
 from collectors.breaker import Breaker
+from collectors.coverage import Resume
 from collectors.errors import BlockedError, BreakerOpenError, CollectorError, VenueError
 from infra.collector_metrics import CollectorMetrics
 from infra.collector_resume import last_positions

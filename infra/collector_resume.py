@@ -7,7 +7,7 @@ from typing import Final
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
-from collectors.binance.collector import Resume
+from collectors.coverage import Resume
 from infra.kafka import consumer_config, unreachable
 from infra.registry_client import RegistryClient
 from infra.settings import KafkaSettings

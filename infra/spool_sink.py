@@ -94,6 +94,7 @@ class _Waiting:
     since_us: int  # monotonic
     record: Record | None  # None: it is in the spool
     end: int = -1  # position after it in the spool
+    done: bool = False  # acknowledged
 
 
 class SpoolSink:
@@ -231,6 +232,7 @@ class SpoolSink:
         moved = False
         while waiting and acked_count(*waiting[0].place) >= waiting[0].number:
             done = waiting.popleft()
+            done.done = True
             self._waiting_bytes -= done.size
             moved = True
             if done.end >= 0:
@@ -287,6 +289,16 @@ class SpoolSink:
         """Until everything that was in the spool is acknowledged. :meth:`run` must be running."""
         while self._spooling or self._waiting:
             await self._clock.sleep(0.01)
+
+    async def wait_acknowledged(self) -> None:
+        """See FrameSink.wait_acknowledged: what is on disk survives this process as well as what the broker acknowledged."""
+        if not self._waiting:
+            return
+        newest = self._waiting[-1]
+        while not newest.done and newest.record is not None:
+            self._outlet.poll()
+            self._reap()
+            await self._clock.sleep(0.002)
 
     async def close(self, timeout_s: float) -> bool:
         """Wait for acknowledgements, then keep on disk what has none; True when nothing is left. Nothing may be sent afterwards.

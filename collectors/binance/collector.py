@@ -20,14 +20,16 @@ from collectors.binance.feed import BinanceFeed, Venue, stream_name
 from collectors.binance.mapper import BinanceMapper
 from collectors.binance.rest import BinanceRest, VenueSymbol
 from collectors.breaker import Breaker, BreakerConfig
-from collectors.dedupe import Gap, Sequencer
-from collectors.errors import BannedError, BreakerOpenError, CollectorError, RateLimitedError, UnavailableError, VenueError
+from collectors.coverage import Coverage, CoverageConfig, Resume
+from collectors.dedupe import Sequencer
+from collectors.errors import BreakerOpenError, VenueError
+from collectors.filler import FillerConfig, GapFiller
 from collectors.pipeline import Pipeline
 from collectors.session import SessionConfig, Shard
 from collectors.stale import StaleConfig, StaleDetector
 from collectors.stats import FeedStats
 from collectors.watermark import Watermark, WatermarkConfig
-from collectors.wire import TRADE_DTYPES, DeadLetters, FrameSink
+from collectors.wire import TRADE_DTYPES, Array, DeadLetters, FrameSink
 from schemas.seam import Clock
 
 logger = logging.getLogger(__name__)
@@ -44,31 +46,16 @@ class CollectorConfig:
 
     streams_per_shard: int = 1_024
     """Streams of one connection at most; the venue allows 1,024."""
-    gap_grace_s: float = 0.5
-    """Wait before REST is asked for a gap: what is merely out of order, or comes by the other connection, needs no request."""
-    gap_tries: int = 4
-    """REST lags the stream: a page that ends before the gap does is asked for again so often."""
-    gap_retry_s: float = 1.0
-    gap_max_rows: int = 10_000
-    """Newest ids fetched of one gap at most (10 pages, 250 of 6,000 weight a minute); the rest of a longer one is reported unfillable."""
-    max_pending_gaps: int = 2_000
-    """Gaps that wait for REST; further ones are reported unfillable at once. A feed that skips every second id would pile up tasks."""
-    backfills: int = 4
-    """Gaps fetched at the same time."""
+    ask_after_s: float = 5.0
+    """A symbol of which nobody knows for so long whether it misses something is asked for over REST, a page each, in the background."""
+    filler: FillerConfig = field(default_factory=FillerConfig)
+    coverage: CoverageConfig = field(default_factory=CoverageConfig)
     batcher: BatcherConfig = field(default_factory=BatcherConfig)
     watermark: WatermarkConfig = field(default_factory=WatermarkConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     stale: StaleConfig = field(default_factory=StaleConfig)
     backoff: BackoffConfig = field(default_factory=BackoffConfig)
     breaker: BreakerConfig = field(default_factory=BreakerConfig)
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """What of a symbol was already published before this process began."""
-
-    trade_id: int
-    exchange_time_us: int
 
 
 class BinanceCollector:
@@ -81,7 +68,7 @@ class BinanceCollector:
         dead_letters: takes rejected bytes.
         clock: time, sleep, randomness.
         config: sizes and times.
-        resume: by canonical symbol; what was missed since is fetched after the first connect.
+        resume: by canonical symbol; what was missed since is fetched after the first connect, and gaps left open are fetched further.
     """
 
     def __init__(
@@ -107,8 +94,7 @@ class BinanceCollector:
         self._listed_us: int | None = None
         self._placed: dict[str, tuple[Shard, str]] = {}  # symbol -> (shard, stream)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._fetches = asyncio.Semaphore(self._config.backfills)
-        self._pending_gaps = 0
+        self._filler = GapFiller(self._page, clock, self._config.filler)
         self._stopped = asyncio.Event()
         self._failed: asyncio.Future[None] | None = None
 
@@ -158,8 +144,7 @@ class BinanceCollector:
             f"{self.venue.exchange}:{symbol}",
             stream,
             self._clock.monotonic_us(),
-            last_id=resume.trade_id if resume else -1,
-            last_time_us=resume.exchange_time_us if resume else 0,
+            resume=resume,
         )
         self._placed[symbol] = (shard, stream)
         self.states[symbol] = "collecting"
@@ -192,7 +177,8 @@ class BinanceCollector:
             dead_letters=self._dead_letters,
             stats=stats,
             on_reply=lambda reply: shard.reply(reply),
-            on_gap=lambda gap: self._spawn(self._fill(shard, gap)),
+            on_gap=lambda gap: self._filler.add(pipeline, gap),
+            coverage=Coverage(config.coverage),
         )
         shard = Shard(
             feed=BinanceFeed(self.venue, first_id=1 + number * REQUEST_IDS_A_SHARD),
@@ -203,6 +189,7 @@ class BinanceCollector:
             breaker=Breaker(source, config.breaker),
             config=config.session,
             on_connected=self._recover,
+            on_silence=self._ask,
         )
         self.shards.append(shard)
         self._spawn(shard.run())
@@ -214,6 +201,8 @@ class BinanceCollector:
         """Until :meth:`stop`. Raises what ended a shard for good."""
         self._failed = asyncio.get_running_loop().create_future()
         stopped = asyncio.create_task(self._stopped.wait())
+        self._spawn(self._filler.run())
+        self._spawn(self._ask_again())
         either: set[asyncio.Future[Any]] = {stopped, self._failed}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -254,18 +243,17 @@ class BinanceCollector:
 
     # Gaps.
 
+    async def _page(self, key: str, from_id: int, *, background: bool) -> tuple[dict[str, Array], bool]:
+        """See FetchPage. Raises KeyError for a market that is not listed."""
+        return await self.rest.page(self._listed[key.partition(":")[2]].raw, from_id, background=background)
+
     async def _recover(self, shard: Shard) -> None:
         """After a reconnect: one request tells which symbols traded meanwhile; each of them gets a gap at once.
 
         Without it a symbol that traded once during the outage and is silent since would be missed until its next trade.
         """
         pipeline = shard.pipeline
-        known = [
-            (self._listed[symbol].raw, pipeline.batcher.code_of(f"{self.venue.exchange}:{symbol}"))
-            for symbol, (placed, _) in self._placed.items()
-            if placed is shard
-        ]
-        known = [(raw, code) for raw, code in known if pipeline.sequencer.last_id(code) >= 0]
+        known = self._known(shard)
         if not known or self.venue.kind != "trade":  # the request tells ids of single trades only
             return
         try:
@@ -276,63 +264,40 @@ class BinanceCollector:
             return
         now = self._clock.monotonic_us()
         before = pipeline.stats.gaps_opened
-        for raw, code in known:
-            pipeline.venue_is_at(code, newest.get(raw, -1), now)
+        for code, symbol in known.items():
+            pipeline.ledger.venue_is_at(code, newest.get(self._listed[symbol].raw, -1), now)
         logger.info("%s: %d of %d symbols traded meanwhile; fetching.", shard.name, pipeline.stats.gaps_opened - before, len(known))
 
-    async def _fill(self, shard: Shard, gap: Gap) -> None:
-        """Fetch what a gap misses, then say what became of it. Never raises for what the venue does."""
-        complete = False
-        if self._pending_gaps >= self._config.max_pending_gaps:
-            shard.pipeline.stats.error("gap_not_fetched")
-            await self._sink.send(*shard.pipeline.gap_done(gap, self._clock.now_us(), complete=False))
-            return
-        self._pending_gaps += 1
-        try:
-            await self._clock.sleep(self._config.gap_grace_s)
-            for attempt in range(self._config.gap_tries):
-                if not gap.missing:
-                    break
-                if attempt:
-                    await self._clock.sleep(self._config.gap_retry_s)
-                async with self._fetches:
-                    if await self._fetch(shard, gap):
-                        complete = not self.venue.consecutive_ids
-                        break
-        except (CollectorError, KeyError) as exc:
-            shard.pipeline.stats.error(_reason(exc))
-            logger.warning("%s: %d trades of %s cannot be fetched: %s", shard.name, gap.missing_ids, self._key(shard, gap), exc)
-        finally:
-            self._pending_gaps -= 1
-        if gap.missing and not complete:
-            # after a long absence every symbol has a gap: a few lines say it, the topic and the metrics say it all
-            level = logging.WARNING if self._pending_gaps < 3 else logging.DEBUG
-            logger.log(level, "%s: %s lacks trades %s", shard.name, self._key(shard, gap), gap.missing[:5])
-        topic_name, partition, frame = shard.pipeline.gap_done(gap, self._clock.now_us(), complete=complete)
-        await self._sink.send(topic_name, partition, frame)
+    def _known(self, shard: Shard) -> dict[int, str]:
+        """Code -> symbol of everything on a shard of which a trade is known."""
+        pipeline = shard.pipeline
+        placed = [symbol for symbol, (where, _) in self._placed.items() if where is shard and symbol in self._listed]
+        codes = {pipeline.batcher.code_of(f"{self.venue.exchange}:{symbol}"): symbol for symbol in placed}
+        return {code: symbol for code, symbol in codes.items() if pipeline.sequencer.last_id(code) >= 0}
 
-    async def _fetch(self, shard: Shard, gap: Gap) -> bool:
-        """Fetch once; True when the venue showed that it has nothing more inside the gap."""
-        symbol = self._key(shard, gap).partition(":")[2]
-        raw = self._listed[symbol].raw
-        last = gap.missing[-1][1]
-        first = max(gap.missing[0][0], last - self._config.gap_max_rows + 1)
-        pipeline, newest = shard.pipeline, -1
-        async for page in self.rest.trades(raw, first, last, max_rows=self._config.gap_max_rows):
-            rows = len(page["trade_id"])
-            while pipeline.batcher.room < rows:  # frames are taken every linger
-                await self._clock.sleep(0.01)
-            pipeline.backfill({"symbol_code": np.full(rows, gap.code, np.int32), **page}, self._clock.now_us(), self._clock.monotonic_us())
-            newest = max(newest, int(page["trade_id"][-1]))
-        return not gap.missing or newest >= last
+    async def _ask_again(self) -> None:
+        """Ask for symbols that stay lost: they do not trade, or the venue was not reachable when the feed came back."""
+        while True:
+            await self._clock.sleep(self._config.ask_after_s)
+            for shard in list(self.shards):
+                if shard.is_live:
+                    await self._ask(shard, shard.pipeline.ledger.coverage.lost.tolist())
 
-    def _key(self, shard: Shard, gap: Gap) -> str:
-        return shard.pipeline.batcher.key_of(gap.code)
-
-
-def _reason(exc: Exception) -> str:
-    if isinstance(exc, RateLimitedError | BannedError):
-        return "backfill_rate_limited"
-    if isinstance(exc, UnavailableError | BreakerOpenError):
-        return "backfill_unavailable"
-    return "backfill_failed"
+    async def _ask(self, shard: Shard, codes: list[int]) -> None:
+        """Ask the venue, symbol by symbol, whether something came after our newest trade."""
+        ledger, sequencer = shard.pipeline.ledger, shard.pipeline.sequencer
+        known = self._known(shard)
+        for code in codes:
+            last = sequencer.last_id(code) if code in known else -1
+            if last < 0 or not shard.is_live or not sequencer.doubtful(np.array([code]))[0]:
+                continue
+            try:
+                page, exhausted = await self.rest.page(self._listed[known[code]].raw, last, background=True)
+            except (VenueError, BreakerOpenError) as exc:
+                shard.pipeline.stats.error("recovery_failed")
+                logger.debug("%s: cannot ask whether %s missed anything: %s", shard.name, known[code], exc)
+                return
+            ids = page["trade_id"]
+            # our newest trade among them: the venue's ids go on from it, and nothing between it and the page's end was overlooked
+            if len(ids) and sequencer.last_id(code) == last and (last in ids or (not exhausted and int(ids[0]) > last)):
+                ledger.venue_is_at(code, int(ids[-1]), self._clock.monotonic_us())

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from collectors.binance.mapper import StreamKind
+from collectors.dedupe import IdPromise
 from schemas.errors import VocabularyError
 
 MAX_REQUEST_BYTES: Final = 4_096
@@ -37,8 +38,8 @@ class Venue:
     """Full address of the combined-stream endpoint."""
     kind: StreamKind
     """Which stream trades come from."""
-    consecutive_ids: bool
-    """Whether a hole in that stream's ids is a loss."""
+    ids: IdPromise
+    """What that stream's ids promise, by its documents."""
     has_execution_type: bool
     """Whether single trades say if they are of the market (``X``)."""
     weight_per_minute: float
@@ -51,6 +52,11 @@ class Venue:
     max_age_s: float = DAY_S - 3_600.0
     """Connections are replaced an hour before the venue cuts them."""
 
+    @property
+    def consecutive_ids(self) -> bool:
+        """Whether a hole in that stream's ids is a loss."""
+        return self.ids is IdPromise.CONSECUTIVE
+
 
 _VENUES: Final = (
     Venue(
@@ -59,7 +65,7 @@ _VENUES: Final = (
         rest_path="/api/v3",
         ws_url="wss://stream.binance.com:9443/stream",
         kind="trade",
-        consecutive_ids=True,
+        ids=IdPromise.CONSECUTIVE,
         has_execution_type=False,
         weight_per_minute=6_000,
         messages_per_s=5,
@@ -72,7 +78,7 @@ _VENUES: Final = (
         rest_path="/fapi/v1",
         ws_url="wss://fstream.binance.com/market/stream",
         kind="aggTrade",
-        consecutive_ids=True,
+        ids=IdPromise.CONSECUTIVE,
         has_execution_type=True,
         weight_per_minute=2_400,
         messages_per_s=10,
@@ -98,7 +104,9 @@ def venue_of(exchange: str, *, rest_url: str = "", ws_url: str = "", kind: Strea
     if venue is None:
         raise VocabularyError("Binance exchange", exchange, VENUES)
     if kind is not None:
-        venue = replace(venue, kind=kind, consecutive_ids=kind == "aggTrade" or not venue.has_execution_type)
+        # aggregate trades are numbered without holes everywhere; single trades of USD-M share a counter with what is not published
+        consecutive = kind == "aggTrade" or not venue.has_execution_type
+        venue = replace(venue, kind=kind, ids=IdPromise.CONSECUTIVE if consecutive else IdPromise.INCREASING)
     if rest_url:
         venue = replace(venue, rest_url=rest_url.rstrip("/"))
     if ws_url:

@@ -32,6 +32,8 @@ ATTEMPTS: Final = 3
 """Tries of one request while the venue is unavailable or asks to slow down."""
 PATIENCE_S: Final = 20.0
 """A request does not wait longer than this for the rate limit; what waits for it (a gap, a symbol) tells its own story meanwhile."""
+BACKGROUND_RESERVE: Final = 0.5
+"""Share of the budget that background requests leave: 2,400 weight of spot are 96 pages for gaps that hold the feed."""
 KEY_CODES: Final = (-2014, -2015, -1022)
 """The venue wants an API key for this route."""
 _FAULTS: Final = (msgspec.DecodeError, ValueError, OverflowError)
@@ -103,7 +105,7 @@ class BinanceRest:
         """
         position = first_id
         while position <= last_id and position - first_id < max_rows:
-            page, exhausted = await self._page(raw, position)
+            page, exhausted = await self.page(raw, position)
             ids = page["trade_id"]
             if len(ids) == 0:
                 return
@@ -134,7 +136,7 @@ class BinanceRest:
 
     async def at_or_after(self, raw: str, trade_id: int) -> tuple[int, int] | None:
         """(id, time) of the first trade with this id or a larger one that the venue still has. Raises VenueError, BreakerOpenError."""
-        page, _ = await self._page(raw, trade_id, 1)
+        page, _ = await self.page(raw, trade_id, rows=1)
         for number, time_us in zip(page["trade_id"].tolist(), page["exchange_time_us"].tolist(), strict=True):
             if number >= trade_id:
                 return number, time_us
@@ -157,34 +159,37 @@ class BinanceRest:
                 low = max(row[0], middle)
         return best
 
-    async def _page(self, raw: str, from_id: int, rows: int | None = None) -> tuple[dict[str, Array], bool]:
-        """One page from ``from_id`` on; and whether asking further is of no use."""
-        rows = rows or self.venue.page_rows
-        if self.venue.kind == "aggTrade":
-            params = {"symbol": raw, "fromId": str(from_id), "limit": str(rows)}
-            return _agg_columns(await self._get("aggTrades", params, weight=4 if self._spot else 20)), False
+    async def page(self, raw: str, from_id: int, *, rows: int | None = None, background: bool = False) -> tuple[dict[str, Array], bool]:
+        """One page of trades from ``from_id`` on, oldest first; and whether asking further is of no use.
+
+        ``rows``: how many at most, by default as many as the venue gives. ``background``: half of the budget stays unspent, for gaps that hold the feed. Raises VenueError, BreakerOpenError.
+        """
+        rows, reserve = rows or self.venue.page_rows, BACKGROUND_RESERVE if background else 0.0
         params = {"symbol": raw, "fromId": str(from_id), "limit": str(rows)}
+        if self.venue.kind == "aggTrade":
+            return _agg_columns(await self._get("aggTrades", params, weight=4 if self._spot else 20, reserve=reserve)), False
         try:
-            return _columns(await self._get("historicalTrades", params, weight=25 if self._spot else 20)), False
+            return _columns(await self._get("historicalTrades", params, weight=25 if self._spot else 20, reserve=reserve)), False
         except RefusedError as exc:
             if exc.code not in KEY_CODES:
                 raise
         # without a key only the newest thousand are to be had
-        return _columns(await self._get("trades", {"symbol": raw, "limit": "1000"}, weight=25 if self._spot else 5)), True
+        params = {"symbol": raw, "limit": "1000"}
+        return _columns(await self._get("trades", params, weight=25 if self._spot else 5, reserve=reserve)), True
 
-    async def _get(self, route: str, params: dict[str, str], *, weight: float) -> bytes:
+    async def _get(self, route: str, params: dict[str, str], *, weight: float, reserve: float = 0.0) -> bytes:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return await self._once(route, params, weight)
+                return await self._once(route, params, weight, reserve)
             except (UnavailableError, RateLimitedError) as exc:
                 if attempt == ATTEMPTS or exc.retry_after_s > PATIENCE_S:
                     raise
                 await self._clock.sleep(max(exc.retry_after_s, 0.2 * 2**attempt * self._clock.random.random()))
         raise AssertionError("unreachable")
 
-    async def _once(self, route: str, params: dict[str, str], weight: float) -> bytes:
+    async def _once(self, route: str, params: dict[str, str], weight: float, reserve: float) -> bytes:
         clock = self._clock
-        wait_s = self.limit.wait_s(weight, clock.monotonic_us())
+        wait_s = self.limit.wait_s(weight, clock.monotonic_us(), reserve_share=reserve)
         if wait_s > PATIENCE_S:
             raise RateLimitedError(f"The budget for {self.venue.rest_url} is spent for {wait_s:.0f} s.", status=429, retry_after_s=wait_s)
         if wait_s > 0:

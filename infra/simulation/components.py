@@ -23,10 +23,11 @@ from api.metrics import Metrics
 from api.stream import StreamApp
 from collectors.backoff import BackoffConfig
 from collectors.batcher import BatcherConfig
-from collectors.binance.collector import BinanceCollector, CollectorConfig, Resume
+from collectors.binance.collector import BinanceCollector, CollectorConfig
 from collectors.binance.feed import venue_of
 from collectors.binance.rest import BinanceRest
 from collectors.breaker import Breaker, BreakerConfig
+from collectors.coverage import Resume
 from collectors.errors import BreakerOpenError, VenueError
 from collectors.stale import StaleConfig
 from infra.clickhouse.schema import TABLES

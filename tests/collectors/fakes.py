@@ -59,6 +59,9 @@ class RecordingSink:
             assert topic_name == "gaps"
             self.gaps.append(frame)
 
+    async def wait_acknowledged(self) -> None:
+        """See FrameSink.wait_acknowledged."""
+
 
 class RecordingDeadLetters:
     """DeadLetters that keep everything."""

@@ -1,10 +1,12 @@
 """Duplicates and gaps by trade id."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collectors.dedupe import EVIDENCE_ID_JUMP, EVIDENCE_RESTART, MAX_OPEN_GAPS, Gap, Sequencer
+from collectors import dedupe
+from collectors.dedupe import EVIDENCE_ID_JUMP, EVIDENCE_RESTART, MAX_OPEN_GAPS, Gap, Piece, Sequencer
 
 T = 1_700_000_000_000_000
 
@@ -60,7 +62,8 @@ def test_late_rows_fill_a_gap_once() -> None:
     process(made, [1])
     _, (gap,) = process(made, [5])
     assert process(made, [3, 3, 2]) == ([3, 2], [])
-    assert gap.missing == [(4, 4)]
+    assert gap.missing == [(4, 4, T + 3, T + 5)]
+    assert gap.recovered == 2
     assert gap.missing_ids == 1
     made.close(gap)
     assert process(made, [4]) == ([], [])
@@ -100,11 +103,13 @@ def test_a_restart_continues_after_what_was_stored() -> None:
 
 
 def test_ids_that_start_anew_are_believed_when_time_says_so() -> None:
-    """A test network was reset: smaller ids, a minute newer."""
+    """A test network was reset: ids a little smaller need a minute, ids below half of the newest a second."""
     made = sequencer()
-    process(made, [1_000_000], times=[T])
-    assert process(made, [5], times=[T + 1_000_000]) == ([], [])
-    assert process(made, [6], times=[T + 61_000_000]) == ([6], [])
+    process(made, [9], times=[T])
+    assert process(made, [5], times=[T + 2_000_000]) == ([], [])
+    assert process(made, [4], times=[T + 1_000_000]) == ([], [])
+    kept, (gap,) = process(made, [6], times=[T + 61_000_000])
+    assert (kept, gap.missing, gap.anew) == ([6], [(0, 5, T, T + 61_000_000)], True)
     assert process(made, [7], times=[T + 61_000_001]) == ([7], [])
     assert made.resets == 1
 
@@ -118,11 +123,70 @@ def test_a_removed_symbol_starts_anew() -> None:
 
 
 def test_open_gaps_of_a_symbol_are_bounded() -> None:
-    """The oldest is given up and handed to the caller."""
+    """Further ones become part of the oldest: none is given up."""
     made = sequencer()
     process(made, list(range(0, 2 * (MAX_OPEN_GAPS + 3), 2)))
-    assert len(list(made.open_gaps())) == MAX_OPEN_GAPS
-    assert [gap.first_id for gap in made.abandoned] == [1, 3]
+    gaps = list(made.open_gaps())
+    assert len(gaps) == MAX_OPEN_GAPS
+    assert [piece[:2] for piece in gaps[0].missing] == [(1, 1), (3, 3), (5, 5)]
+    assert [(gap is gaps[0], folded.first_id, folded.closed) for gap, folded in made.folded] == [(True, 3, True), (True, 5, True)]
+    assert process(made, [3, 2 * MAX_OPEN_GAPS - 1, 3]) == ([3, 2 * MAX_OPEN_GAPS - 1], [])
+
+
+def test_a_gap_in_too_many_pieces_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handed to the caller, who reports it: memory is bounded whatever a feed loses."""
+    monkeypatch.setattr(dedupe, "MAX_OPEN_GAPS", 4)
+    monkeypatch.setattr(dedupe, "MAX_PIECES", 10)
+    made = sequencer()
+    process(made, list(range(0, 40, 2)))
+    assert [len(gap.missing) for gap in made.given_up] == [11]
+    assert made.given_up[0].closed
+    assert process(made, [1]) == ([], [])
+
+
+def test_what_was_fetched_fills_every_gap_it_belongs_to() -> None:
+    """A page of ids: those that were missing are kept once, wherever they were missing; times narrow what is still missing."""
+    made = sequencer()
+    process(made, [1, 4, 5, 9])
+    ids = np.array([1, 2, 3, 4, 7, 7], np.int64)
+    assert made.fill(0, ids, T + ids).tolist() == [False, True, True, False, True, False]
+    (left,) = [gap for gap in made.open_gaps() if gap.missing]
+    assert left.missing == [(6, 6, T + 5, T + 7), (8, 8, T + 7, T + 9)]
+
+
+def test_a_gap_of_an_earlier_process_goes_on() -> None:
+    """It lies before the newest id; rows that are missing fill it, others came before."""
+    made = Sequencer(consecutive=True)
+    made.add(0, 100, T)
+    made.reopen(Gap(0, 50, 59, T - 60, T - 40, EVIDENCE_ID_JUMP, [Piece(50, 59, T - 60, T - 40)]))
+    assert process(made, [101, 55, 49], times=[T + 1, T - 50, T - 55]) == ([101, 55], [])
+
+
+def test_after_a_restart_of_the_venue_nothing_is_dropped_and_what_was_open_is_given_up() -> None:
+    """Ids begin at 1 while the clock went back five minutes: kept; one gap says so, with the new ids before the first."""
+    made = sequencer()
+    process(made, [5_000])
+    process(made, [5_003])
+    made.connection_broke()
+    kept, (gap,) = process(made, [3, 4], times=[T - 300_000_000, T - 299_000_000])
+    assert kept == [3, 4]
+    assert (gap.anew, gap.evidence, gap.missing) == (True, EVIDENCE_RESTART, [(0, 2, T - 300_000_000, T + 5_003)])
+    assert [old.first_id for old in made.given_up] == [5_001]
+    assert process(made, [2]) == ([2], [])
+    assert process(made, [5], times=[T - 298_000_000]) == ([5], [])
+
+
+def test_what_the_venue_confirms_is_in_doubt_no_longer() -> None:
+    """After a break each symbol is in doubt until a row or the venue's newest id says what was missed."""
+    made = sequencer()
+    process(made, [1])
+    process(made, [7], code=1)
+    codes = np.arange(3)
+    made.connection_broke()
+    assert made.doubtful(codes).tolist() == [True, True, True]
+    process(made, [2])
+    made.confirm(codes[1:2])
+    assert made.doubtful(codes).tolist() == [False, False, True]
 
 
 @settings(max_examples=100, deadline=None)
@@ -148,5 +212,7 @@ def test_every_id_is_kept_exactly_once_in_any_order_and_batching(rows: list[tupl
             first = seen[0]
             expected = {trade_id for trade_id in seen if trade_id >= first}
             assert {trade_id for other, trade_id in kept if other == code} == expected
-            missing = {n for gap in made.open_gaps() if gap.code == code for a, b in gap.missing for n in range(a, b + 1)}
+            missing = {
+                n for gap in made.open_gaps() if gap.code == code for piece in gap.missing for n in range(piece.first, piece.last + 1)
+            }
             assert missing == set(range(first, max(seen) + 1)) - expected

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from collectors import pipeline as pipeline_module
 from collectors.batcher import Batcher, BatcherConfig
 from collectors.binance.mapper import BinanceMapper
-from collectors.dedupe import Gap, Sequencer
+from collectors.coverage import OpenGap, Resume
+from collectors.dedupe import EVIDENCE_ID_JUMP, EVIDENCE_RESTART, EVIDENCE_SILENCE, Gap, Sequencer
 from collectors.pipeline import Pipeline, PipelineConfig
 from collectors.stale import StaleDetector
 from collectors.stats import FeedStats
 from collectors.watermark import Watermark
 from collectors.wire import TRADE_DTYPES, Reply
+from processors.coverage import LedgerRow, shares, timeline
 from schemas.codec import FrameCodec
-from schemas.frames import Frame
+from schemas.frames import GAP_FILLED, GAP_OPEN, GAP_UNFILLABLE, HISTORY, Frame
 from tests.collectors.fakes import RecordingDeadLetters, capture, rows_of
 
 T_MS = 1_723_161_255_342
@@ -34,6 +36,7 @@ class Bench:
         self.gaps: list[Gap] = []
         self.now = 1_000_000
         self.frames: list[tuple[int, Frame]] = []
+        self.gap_frames: list[Frame] = []
         self.pipeline = Pipeline(
             exchange="binance",
             mapper=BinanceMapper("trade"),
@@ -57,7 +60,24 @@ class Bench:
         if messages:
             self.pipeline.receive(list(messages), self.now if received_us is None else received_us)
         before, self.now = self.now, self.now + STEP
-        self.frames += [(partition, frame) for _, partition, frame in self.pipeline.take(self.now, before)]
+        found = self.pipeline.take(self.now, before)
+        self.frames += [(partition, frame) for topic, partition, frame in found if topic == "trades"]
+        self.pipeline.ledger.sent()
+        self.gap_frames += [frame for topic, _, frame in [*found, *self.pipeline.ledger.take_ready()] if topic == "gaps"]
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """Rows of the ledger in the order they went out, with the symbol's key."""
+        codec = FrameCodec("gaps", 1)
+        found = []
+        for frame in map(codec.decode, map(codec.encode, self.gap_frames)):
+            rows = zip(*(column.tolist() for column in frame.columns.values()), strict=True)
+            named = [dict(zip(frame.columns, row, strict=True)) for row in rows]
+            found += [{"symbol": frame.symbols[row["symbol_code"]], **row} for row in named]
+        return found
+
+    def notices(self) -> list[tuple[int, int]]:
+        """(gap id, state) of every notice in the frames of trades."""
+        return [(notice.gap_id, notice.state) for _, frame in self.frames for notice in frame.gaps]
 
 
 def trade(number: int, *, symbol: str = "btc", ms: int | None = None, price: str = "1.5") -> bytes:
@@ -67,6 +87,14 @@ def trade(number: int, *, symbol: str = "btc", ms: int | None = None, price: str
         f'{{"stream":"{symbol}usdt@trade","data":{{"e":"trade","E":{at},"s":"{symbol.upper()}USDT","t":{number},"p":"{price}","q":"2.0",'
         f'"T":{at},"m":false,"M":true}}}}'
     ).encode()
+
+
+def fetched(numbers: range) -> dict[str, Any]:
+    """A page of the venue's REST with these trades of BTC."""
+    columns = BinanceMapper("trade")
+    columns.bind("btcusdt@trade", 0)
+    found = columns.parse([trade(number) for number in numbers]).columns
+    return {name: column for name, column in found.items() if name != "symbol_code"}
 
 
 def test_rows_carry_when_their_chunk_was_received() -> None:
@@ -91,27 +119,148 @@ def test_a_gap_holds_the_watermark_until_it_is_filled() -> None:
     for number in range(50):
         made.round(trade(2_006 + number * 10))
     assert {frame.watermark_us for _, frame in made.frames[1:] if frame.row_count} == {held}
-    columns = made.pipeline.mapper.parse([trade(number) for number in range(3, 2_005)]).columns
-    assert made.pipeline.backfill(columns, 5, made.now) == 2_002
-    topic, _, frame = made.pipeline.gap_done(gap, 5, complete=False)
-    assert (topic, frame.columns["state"].tolist()) == ("gaps", [2])
-    assert frame.columns["first_missing_id"].tolist() == [3]
-    FrameCodec("gaps", 1).encode(frame)
+    assert made.pipeline.backfill(gap, fetched(range(3, 2_005)), 5, made.now) == 2_002
+    made.pipeline.ledger.done(gap, complete=False)
+    made.round()
+    opened, filled = [row for row in made.ledger() if row["gap_id"] == gap.gap_id]
+    assert (opened["state"], opened["first_missing_id"], opened["last_missing_id"]) == (1, 3, 2_004)
+    assert (filled["state"], filled["gap_id"], filled["recovered"]) == (2, opened["gap_id"], 2_002)
+    assert [notice for notice in made.notices() if notice[0] == gap.gap_id] == [(gap.gap_id, GAP_OPEN), (gap.gap_id, GAP_FILLED)]
+    assert not any(frame.flags & HISTORY for _, frame in made.frames)
 
 
 def test_what_the_venue_cannot_give_is_told_interval_by_interval() -> None:
-    """A partly filled gap: two intervals are lost, each a row with state 3."""
+    """A partly filled gap: two intervals are lost, each a row with state 3 and narrow times; what was recovered is a row of its own."""
     made = Bench()
     made.round(trade(1))
     made.round(trade(10))
     made.round(trade(5))
     (gap,) = made.gaps
-    _, _, frame = made.pipeline.gap_done(gap, 5, complete=False)
-    intervals = list(zip(frame.columns["first_missing_id"].tolist(), frame.columns["last_missing_id"].tolist(), strict=True))
-    assert intervals == [(2, 4), (6, 9)]
-    assert frame.columns["state"].tolist() == [3, 3]
+    made.pipeline.ledger.done(gap, complete=False)
+    made.round()
+    opened, *lost, filled = made.ledger()
+    at = [(T_MS + number) * 1000 for number in range(11)]
+    assert [(row["first_missing_id"], row["last_missing_id"], row["start_time_us"], row["end_time_us"], row["state"]) for row in lost] == [
+        (2, 4, at[1], at[5], GAP_UNFILLABLE),
+        (6, 9, at[5], at[10], GAP_UNFILLABLE),
+    ]
+    assert opened["gap_id"] == lost[0]["gap_id"]
+    assert len({row["gap_id"] for row in (*lost, filled)}) == 3
+    assert (filled["state"], filled["start_time_us"], filled["end_time_us"], filled["recovered"]) == (GAP_FILLED, at[1], at[10], 1)
     assert made.pipeline.stats.gaps_unfillable == 1
     assert made.pipeline.watermark.holding(made.now) == []
+    rows = [LedgerRow(*(row[name] for name in LedgerRow._fields)) for row in made.ledger()]
+    assert shares(timeline(rows, at[1], at[10] + 1))["unfillable"] == 1.0
+
+
+def test_rows_that_come_after_the_hold_are_rows_of_the_past() -> None:
+    """The watermark went on without them: frames of the source's fill, which promise nothing; the ledger says filled after they went."""
+    made = Bench(hold_gap_ids=2)
+    made.round(trade(1), trade(10))
+    (gap,) = made.gaps
+    made.round(trade(11, ms=T_MS + 30_000))
+    assert made.pipeline.backfill(gap, fetched(range(1, 10)), 5, made.now) == 8
+    made.pipeline.ledger.done(gap, complete=False)
+    made.pipeline.receive([trade(12, ms=T_MS + 30_001)], made.now)
+    frames = made.pipeline.take(made.now + STEP, made.now)
+    first, second = [frame for topic, _, frame in frames if topic == "trades" and frame.row_count]
+    assert (first.source, first.flags) == ("binance/ws/0/fill", HISTORY)
+    assert first.columns["trade_id"].tolist() == list(range(2, 10))
+    assert (second.flags, [notice.state for notice in second.gaps]) == (0, [GAP_FILLED])
+    assert not made.pipeline.ledger.waits  # those frames are not sent yet
+    made.pipeline.ledger.sent()
+    ((_, _, filled),) = made.pipeline.ledger.take_ready()
+    assert filled.columns["state"].tolist() == [GAP_FILLED]
+
+
+def test_a_lost_feed_is_open_until_each_symbol_is_heard_again() -> None:
+    """Nobody knows what BTC and ETH missed: BTC goes on where it was, ETH jumps; only what is missing stays open, under the same id."""
+    made = Bench()
+    made.round(trade(1), trade(1, symbol="eth"))
+    made.pipeline.watermark.hold("down", made.now)
+    made.pipeline.connection_lost(EVIDENCE_SILENCE, made.now)
+    made.round()
+    lost = made.ledger()
+    assert [(row["state"], row["first_missing_id"], row["end_time_us"], row["evidence"]) for row in lost] == [(1, -1, -1, 4)] * 2
+    assert made.pipeline.ledger.coverage.outages == 2
+    made.round(trade(2), trade(5, symbol="eth"))
+    made.round()
+    rows = made.ledger()[2:]
+    (eth,) = [row for row in rows if row["symbol"] == "binance:ETH-USDT"]
+    assert (eth["gap_id"], eth["state"], eth["first_missing_id"], eth["evidence"]) == (lost[0]["gap_id"], GAP_OPEN, 2, EVIDENCE_SILENCE)
+    (btc,) = [row for row in rows if row["symbol"] == "binance:BTC-USDT"]
+    assert (btc["gap_id"], btc["state"]) == (lost[0]["gap_id"], 0)
+    assert made.pipeline.ledger.coverage.outages == 0
+
+
+def test_what_settles_after_bars_may_have_closed_is_told_as_filled() -> None:
+    """The watermark moved on while the feed was lost: bars were marked incomplete, and are to be made anew."""
+    made = Bench()
+    made.round(trade(1))
+    made.pipeline.connection_lost(EVIDENCE_RESTART, made.now)
+    made.round(trade(7, symbol="eth", ms=T_MS + 5_000))
+    made.pipeline.ledger.venue_is_at(made.codes["BTC"], 1, made.now)
+    made.round()
+    made.round()
+    (row,) = [row for row in made.ledger() if row["symbol"] == "binance:BTC-USDT" and row["state"] != GAP_OPEN]
+    assert row["state"] == GAP_FILLED
+    assert made.notices()[-1][1] == GAP_FILLED
+
+
+def test_a_restart_goes_on_with_the_interval_and_the_gaps_of_the_process_before() -> None:
+    """The symbol is in doubt from where the feed promised last; its old gap is fetched further; its interval keeps its id."""
+    made = Bench()
+    at_us = (T_MS + 100) * 1000
+    old = OpenGap(7, 50, 59, at_us - 60, at_us - 50, EVIDENCE_ID_JUMP, 3)
+    resume = Resume(100, at_us, watched_until_us=at_us + 500, interval_id=5, interval_since_us=at_us - 900, gaps=(old,))
+    made.pipeline.add_symbol("binance:SOL-USDT", "solusdt@trade", made.now, resume=resume)
+    made.pipeline.watermark.hold("down", made.now)
+    (gap,) = made.gaps
+    assert (gap.gap_id, gap.missing, gap.recovered) == (7, [(50, 59, at_us - 60, at_us - 50)], 3)
+    made.round(trade(101, symbol="sol", ms=T_MS + 5_000))
+    assert {frame.watermark_us for _, frame in made.frames if frame.row_count} == {at_us + 500}
+    made.pipeline.watermark.release("down")
+    made.round(trade(102, symbol="sol", ms=T_MS + 9_000))
+    made.pipeline.ledger.finish()
+    made.round()
+    lost, settled, interval = made.ledger()
+    assert (lost["state"], lost["start_time_us"], lost["evidence"]) == (GAP_OPEN, at_us + 500, EVIDENCE_RESTART)
+    assert (settled["state"], settled["gap_id"]) == (0, lost["gap_id"])
+    assert (interval["state"], interval["gap_id"], interval["start_time_us"]) == (0, 5, at_us - 900)
+    assert interval["end_time_us"] == (T_MS + 9_000) * 1000 - 500_000
+
+
+def test_ids_that_start_anew_are_kept_and_told_as_a_restart() -> None:
+    """The venue came back with ids from 1: rows pass, one entry with unknown ids says that nobody knows what the old numbering still had."""
+    made = Bench()
+    made.round(trade(5_000))
+    made.pipeline.connection_lost(EVIDENCE_RESTART, made.now)
+    made.round(trade(3, ms=T_MS + 4_000), trade(4, ms=T_MS + 4_001))
+    (gap,) = made.gaps
+    assert made.pipeline.backfill(gap, fetched(range(1, 3)), 5, made.now) == 2
+    made.pipeline.ledger.done(gap, complete=True)
+    made.round()
+    assert sorted(rows_of(made.frames)["binance:BTC-USDT"]) == [1, 2, 3, 4, 5_000]
+    last = made.ledger()[-1]
+    assert (last["state"], last["evidence"], last["first_missing_id"], last["recovered"]) == (GAP_UNFILLABLE, EVIDENCE_RESTART, -1, 2)
+    assert made.pipeline.stats.duplicates == 0
+
+
+def test_intervals_grow_under_one_id_once_a_minute() -> None:
+    """Two symbols, three minutes: three rows each at most, the newest reaching to the watermark; a removed symbol has its last word."""
+    made = Bench()
+    made.pipeline.subscribed = True
+    for number in range(1, 19):
+        made.now += 10_000_000
+        made.round(trade(number, ms=T_MS + number * 10_000), trade(number, symbol="eth", ms=T_MS + number * 10_000))
+    made.pipeline.remove_symbol("binance:ETH-USDT")
+    made.round()
+    by_symbol = {key: [row for row in made.ledger() if row["symbol"] == key] for key in ("binance:BTC-USDT", "binance:ETH-USDT")}
+    assert [len(rows) for rows in by_symbol.values()] in ([2, 3], [3, 4])
+    for rows in by_symbol.values():
+        assert len({row["gap_id"] for row in rows}) == 1
+        assert {row["start_time_us"] for row in rows} == {(T_MS + 10_000) * 1000}
+        assert [row["end_time_us"] for row in rows] == sorted({row["end_time_us"] for row in rows})
 
 
 def test_a_wild_time_is_dead_lettered_and_found_missing() -> None:

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from collectors.backoff import BackoffConfig
-from collectors.binance.collector import BinanceCollector, CollectorConfig, Resume
+from collectors.binance.collector import BinanceCollector, CollectorConfig
 from collectors.binance.feed import venue_of
 from collectors.binance.rest import BinanceRest
 from collectors.breaker import Breaker
+from collectors.coverage import Resume
+from collectors.filler import FillerConfig
 from collectors.session import SessionConfig
 from collectors.simulated.config import ServerConfig
 from collectors.simulated.exchange import ExchangeConfig
@@ -25,11 +27,14 @@ from collectors.simulated.regimes import MarketConfig
 from collectors.simulated.server import SimulatedExchange, serve
 from collectors.stats import FeedStats
 from infra.seam import SystemClock
-from schemas.frames import Frame
+from processors.coverage import LedgerRow, covered, newest
+from schemas.frames import GAP_FILLED, GAP_OPEN, GAP_UNFILLABLE, Frame
 from tests.collectors.fakes import RecordingDeadLetters, RecordingSink, rows_of
 
 SPOT = ServerConfig(exchange=ExchangeConfig(spot=MarketConfig(symbols=20, rate=800.0, seed=5), warmup_s=2.0))
-QUICK = CollectorConfig(backoff=BackoffConfig(initial_s=0.3, maximum_s=1.0), session=SessionConfig(overlap_s=0.6), gap_retry_s=0.3)
+QUICK = CollectorConfig(
+    backoff=BackoffConfig(initial_s=0.3, maximum_s=1.0), session=SessionConfig(overlap_s=0.6), filler=FillerConfig(retry_s=0.3)
+)
 
 
 @dataclass
@@ -90,6 +95,30 @@ class Bench:
                 np.testing.assert_array_equal(values[order], truth[name][inside], err_msg=f"{key} {name}")
             total += len(ids)
         return total
+
+    def ledger(self, key: str) -> list[LedgerRow]:
+        """Rows of the coverage ledger of a symbol, in the order they were published."""
+        found = []
+        for frame in self.sink.gaps:
+            mine = [row for row, code in enumerate(frame.columns["symbol_code"].tolist()) if frame.symbols[code] == key]
+            found += [LedgerRow(*(int(frame.columns[name][row]) for name in LedgerRow._fields)) for row in mine]
+        return found
+
+    def named(self, key: str, state: int) -> set[int]:
+        """Ids that the ledger's rows of this state name for a symbol."""
+        rows = [row for row in self.ledger(key) if row.state == state and row.first_missing_id >= 0]
+        return {trade_id for row in rows for trade_id in range(row.first_missing_id, row.last_missing_id + 1)}
+
+    def assert_covered(self) -> None:
+        """Of every symbol: from its first trade to its last everything is complete or filled."""
+        times: dict[str, list[int]] = {}
+        for _, frame in self.sink.trades:
+            for code, time_us in zip(frame.columns.get("symbol_code", ()), frame.columns.get("exchange_time_us", ()), strict=True):
+                times.setdefault(frame.symbols[code], []).append(int(time_us))
+        for key, found in times.items():
+            newest_us = max(found) - 1_000_000  # the watermark's lateness
+            if min(found) < newest_us:
+                assert covered(self.ledger(key), min(found), newest_us), (key, self.ledger(key))
 
     def late_rows(self) -> int:
         """Rows that were sent after a watermark that promised there would be none so old."""
@@ -166,7 +195,8 @@ async def test_a_dropped_message_is_fetched_by_id() -> None:
         assert made.stats.backfilled >= 5
         made.assert_equal_to_truth()
         assert made.late_rows() == 0
-        assert {int(state) for frame in made.sink.gaps for state in frame.columns["state"]} == {2}
+        assert made.named("binance:BTC-USDT", GAP_OPEN) == made.named("binance:BTC-USDT", GAP_FILLED) == set(fault.touched)
+        made.assert_covered()
 
 
 async def test_ids_the_venue_does_not_have_are_recorded_as_unfillable() -> None:
@@ -176,10 +206,9 @@ async def test_ids_the_venue_does_not_have_are_recorded_as_unfillable() -> None:
         await made.until(lambda: made.stats.gaps_unfillable >= 1)
         await made.trade(200)
         await made.stop()
-        (frame,) = made.sink.gaps
-        assert frame.symbols == ("binance:BTC-USDT",)
-        assert frame.columns["state"].tolist() == [3]
-        assert int(frame.columns["last_missing_id"][0] - frame.columns["first_missing_id"][0]) == 2
+        (row,) = [row for row in newest(made.ledger("binance:BTC-USDT")) if row.state == GAP_UNFILLABLE]
+        assert row.last_missing_id - row.first_missing_id == 2
+        assert not covered(made.ledger("binance:BTC-USDT"), row.start_time_us, row.end_time_us)
         made.assert_equal_to_truth()
 
 
