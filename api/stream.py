@@ -156,7 +156,7 @@ class _Connection:
         try:
             async with asyncio.timeout(_CLOSE_WAIT_S / 2):
                 while self._client.waiting:
-                    await asyncio.sleep(0.005)
+                    await self._clock.sleep(0.005)
         except TimeoutError:
             logger.info("A client did not take its last messages in time")
 

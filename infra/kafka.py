@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -16,6 +15,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from infra.errors import MarketstreamError, UnreachableError
 from infra.registry_client import RegistryClient
+from infra.seam import SYSTEM
 from infra.settings import KafkaSettings
 from schemas.codec import MAX_RECORD_BYTES, FrameCodec, RowCodec
 from schemas.frames import Frame
@@ -58,7 +58,7 @@ class _Complaints:
     def __call__(self, error: KafkaError) -> None:
         if error.code() != KafkaError._ALL_BROKERS_DOWN:  # says nothing that the complaint before it did not
             _Complaints.last = error.str()
-        now = time.monotonic()
+        now = SYSTEM.monotonic_s()
         if now - self._told.get(error.name(), -_COMPLAIN_EVERY_S) >= _COMPLAIN_EVERY_S:
             self._told[error.name()] = now
             logger.warning("Kafka: %s", error.str())
@@ -158,7 +158,7 @@ class FrameProducer:
         """Queue bytes that are already encoded. Delivery reports are served now and then; call :meth:`poll` when done for the moment."""
         while not self.try_send(topic_name, partition, key, value):
             self._producer.poll(0)
-            await asyncio.sleep(_POLL_INTERVAL_S)
+            await SYSTEM.sleep(_POLL_INTERVAL_S)
 
     def try_send(self, topic_name: str, partition: int, key: bytes | None, value: bytes) -> bool:
         """Queue bytes without waiting; False when the queue is full."""
@@ -198,7 +198,7 @@ class FrameProducer:
             self._producer.poll(0)
             if self._failure is not None:
                 raise unreachable(self._settings, KafkaException(self._failure))
-            await asyncio.sleep(_POLL_INTERVAL_S)
+            await SYSTEM.sleep(_POLL_INTERVAL_S)
 
     def acknowledged(self) -> dict[str, dict[int, int]]:
         """Last acknowledged offset per topic (without prefix) and partition."""

@@ -7,13 +7,13 @@ Sink: what its consumer group has committed (it commits only what ClickHouse has
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping
 
 from infra.errors import MarketstreamError
 from infra.kafka import committed_offsets, end_offsets
 from infra.newest_bars import newest_worker_bars
 from infra.registry_client import RegistryClient
+from infra.seam import SYSTEM
 from infra.settings import Settings
 
 SINK_GROUP = "marketstream-sink"
@@ -66,19 +66,19 @@ async def wait_stored(
         on_lag: called with what is missing per stage, about four times a second.
     """
     trades = dict(published.get("trades", {}))
-    until = time.monotonic() + deadline_s
+    until = SYSTEM.monotonic_s() + deadline_s
     while True:
         missing = await asyncio.to_thread(_missing, settings, trades)
         if on_lag is not None:
             on_lag(missing)
         if not any(missing.values()):
             return
-        if time.monotonic() > until:
+        if SYSTEM.monotonic_s() > until:
             behind = ", ".join(f"{stage}: {count} records" for stage, count in missing.items() if count)
             raise NotStoredError(
                 f"After {deadline_s:.0f} s not everything is stored ({behind}); it is safe in Kafka: see `marketstream status`."
             )
-        await asyncio.sleep(0.25)
+        await SYSTEM.sleep(0.25)
 
 
 def _missing(settings: Settings, trades: Mapping[int, int]) -> dict[str, int]:

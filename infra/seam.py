@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from random import Random, SystemRandom
+from typing import Final
 
 
 class SystemClock:
@@ -29,3 +30,15 @@ class SystemClock:
     async def sleep(self, seconds: float) -> None:
         """Wait ``seconds`` on the event loop."""
         await asyncio.sleep(seconds)
+
+    def pause(self, seconds: float) -> None:
+        """Block this thread for ``seconds``; for loops in threads of their own."""
+        time.sleep(seconds)
+
+    def monotonic_s(self) -> float:
+        """:meth:`monotonic_us` in seconds, for deadlines."""
+        return time.monotonic()
+
+
+SYSTEM: Final = SystemClock()
+"""The clock of this process, for the shells around the pure parts: those take it as an argument."""

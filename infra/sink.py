@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -26,7 +25,7 @@ from infra.kafka_lag import KafkaLag
 from infra.logs import setup_logging
 from infra.progress import SINK_GROUP
 from infra.registry_client import RegistryClient
-from infra.seam import SystemClock
+from infra.seam import SYSTEM, SystemClock
 from infra.settings import Settings, load_settings
 from infra.watchdog import Monitor, Waiting
 from schemas.errors import DecodeError
@@ -115,7 +114,7 @@ class Sink:
         since = self._storing_since
         if trouble := self._trouble.get("clickhouse"):
             return Waiting(blocked={"clickhouse": trouble})
-        if since and time.monotonic() - since > _SLOW_STORE_S and not answers(self._settings.clickhouse):
+        if since and SYSTEM.monotonic_s() - since > _SLOW_STORE_S and not answers(self._settings.clickhouse):
             return Waiting(
                 blocked={"clickhouse": f"ClickHouse at {self._settings.clickhouse.url} does not answer; an insert waits for it."}
             )
@@ -141,7 +140,7 @@ class Sink:
         linger_s = self._settings.sink.flush_interval_ms / 1000
         prefix = self._settings.kafka.topic_prefix
         while not self._stopping:
-            now = time.monotonic()
+            now = SYSTEM.monotonic_s()
             for message in self._consumer.consume(200, _POLL_S):
                 if message.error():
                     self._trouble["kafka"] = str(unreachable(self._settings.kafka, KafkaException(message.error())))
@@ -153,7 +152,7 @@ class Sink:
                 value = message.value() or b""
                 pending.records.append(Received(message.partition(), message.offset(), value, max(message.timestamp()[1], 0) * 1000))
                 pending.size += len(value)
-            now = time.monotonic()
+            now = SYSTEM.monotonic_s()
             for name, pending in self._pending.items():
                 if pending.records and (pending.size >= limit or now - pending.since >= linger_s):
                     self._flush(name, pending)
@@ -228,7 +227,7 @@ class Sink:
         """The result of ``call``, tried again while ClickHouse is away or refuses: a stored batch is never given up."""
         wait_s = 0.1
         while True:
-            self._storing_since = time.monotonic()
+            self._storing_since = SYSTEM.monotonic_s()
             try:
                 result = call()
             except (ClickHouseError, OSError) as exc:
@@ -246,11 +245,11 @@ class Sink:
     def _await_store(self, wait_s: float) -> None:
         """Until ClickHouse answers a ping: batches sent to a server that hangs would pile up before its door. Raises _StoppedError."""
         while True:
-            until = time.monotonic() + wait_s
-            while time.monotonic() < until:
+            until = SYSTEM.monotonic_s() + wait_s
+            while SYSTEM.monotonic_s() < until:
                 if self._stopping:
                     raise _StoppedError
-                time.sleep(min(0.1, wait_s))
+                SYSTEM.pause(min(0.1, wait_s))
             if answers(self._settings.clickhouse):
                 return
             wait_s = min(wait_s * 2, _RETRY_MAX_S)
@@ -264,7 +263,7 @@ class Sink:
             detail=str(exc),
             component="sink",
             raw=record.value,
-            time_us=time.time_ns() // 1000,
+            time_us=SYSTEM.now_us(),
             topic=name,
             partition=record.partition,
             offset=record.offset,

@@ -6,11 +6,11 @@ import contextlib
 import fcntl
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from infra.errors import DataDirOwnedError
+from infra.seam import SYSTEM
 from infra.stack.datadir import translate
 
 _LOCK: Final = "lock"
@@ -118,13 +118,13 @@ class DiskFiles:
 
 
 def _claim(lock: BinaryIO, folder: Path, wait_s: float) -> None:
-    until = time.monotonic() + wait_s
+    until = SYSTEM.monotonic_s() + wait_s
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
-            if time.monotonic() < until:
-                time.sleep(0.05)
+            if SYSTEM.monotonic_s() < until:
+                SYSTEM.pause(0.05)
                 continue
             lock.close()
             raise DataDirOwnedError(

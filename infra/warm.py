@@ -7,10 +7,10 @@ Left to the first trade, that minute would stop the worker's event loop past its
 from __future__ import annotations
 
 import sys
-import time
 
 import numpy as np
 
+from infra.seam import SYSTEM
 from processors.bars import BarConfig
 from schemas.codec import FrameCodec, RowCodec
 from schemas.frames import END_OF_SOURCE, Frame
@@ -26,7 +26,7 @@ def warm(config: BarConfig | None = None) -> float:
 
     It goes through the codec because decoded columns are read-only arrays, for which numba compiles code of its own.
     """
-    started = time.monotonic()
+    started = SYSTEM.monotonic_s()
     trades = FrameCodec("trades", 1)
     codecs = BarCodecs(
         trades=trades,
@@ -41,7 +41,7 @@ def warm(config: BarConfig | None = None) -> float:
     columns["exchange_time_us"] = columns["receive_time_us"] = np.full(1, MIN_TIME_US + US_PER_SECOND, np.int64)
     frame = Frame(source="warm", watermark_us=MIN_TIME_US, symbols=(_KEY,), columns=columns, flags=END_OF_SOURCE)
     BarShard(0, config or BarConfig(), codecs).process(0, trades.encode(frame))
-    return time.monotonic() - started
+    return SYSTEM.monotonic_s() - started
 
 
 if __name__ == "__main__":

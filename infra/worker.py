@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import logging
 import sys
-import time
 from typing import Any, Final
 
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
@@ -19,7 +18,7 @@ from infra.kafka_lag import KafkaLag
 from infra.logs import setup_logging
 from infra.newest_bars import newest_worker_bars
 from infra.registry_client import RegistryClient
-from infra.seam import SystemClock
+from infra.seam import SYSTEM, SystemClock
 from infra.settings import Settings, load_settings
 from infra.watchdog import Monitor, Waiting
 from processors.bars import BarConfig
@@ -151,7 +150,7 @@ class BarWork:
 def _reasons(runner: BarRunner, progress: dict[str, float]) -> dict[str, str]:
     if not progress["assigned"]:
         return {"kafka": "The worker has no partitions yet: it waits for its consumer group."}
-    if time.monotonic() - progress["beat"] > _STUCK_AFTER_S:
+    if SYSTEM.monotonic_s() - progress["beat"] > _STUCK_AFTER_S:
         return {"loop": f"The worker's event loop has not run for {_STUCK_AFTER_S:.0f} s."}
     for partition, shard in list(runner.shards.items()):
         APPLIED.labels(partition).set(shard.applied_offset)
@@ -179,18 +178,18 @@ def run(settings: Settings, index: int) -> int:
         snapshot_interval_s=settings.worker.snapshot_interval_s,
     )
     app = create_app(config, runner)
-    progress = {"assigned": 0.0, "beat": time.monotonic()}
+    progress = {"assigned": 0.0, "beat": SYSTEM.monotonic_s()}
     counted = {"trades": 0}
     work = BarWork(runner, KafkaLag(settings.kafka))
 
     @app.on_partitions_assigned.connect
     async def assigned(_: Any, partitions: Any, **__: Any) -> None:
-        progress["assigned"] = time.monotonic()
+        progress["assigned"] = SYSTEM.monotonic_s()
         work.partitions = frozenset(place.partition for place in partitions)
 
     @app.timer(interval=1.0, name="beat")
     async def beat() -> None:
-        progress["beat"] = time.monotonic()
+        progress["beat"] = SYSTEM.monotonic_s()
         total = sum(shard.trade_count for shard in runner.shards.values())
         TRADES.inc(max(total - counted["trades"], 0))
         counted["trades"] = total

@@ -135,6 +135,7 @@ class World:
         self.broker = SimBroker(self.loop, Random(f"{seed}/broker"), self.trace, tuning.partitions)
         self.store = SimStore(Random(f"{seed}/store"), self.trace, tuning.partitions)
         self.outside = Outside(self.loop, self.broker, self.store, self.trace, tuning, seed, {"collector": scenario.skew_us})
+        self.clock = SimClock(self.loop, f"{seed}/clock")
         self.exchange: SimulatedExchange
         self.subscriber: Subscriber
         self.processes: dict[str, Process] = {}
@@ -186,12 +187,12 @@ class World:
         await self._until(self._ready, 30.0)
         market = self.exchange
         market.set_rate(scenario.tuning.rate)
-        await asyncio.sleep(_WARM_S)
+        await self.clock.sleep(_WARM_S)
         faults = asyncio.ensure_future(self._misfortunes())
-        await asyncio.sleep(scenario.duration_s)
+        await self.clock.sleep(scenario.duration_s)
         await faults
         self._calm_down()
-        await asyncio.sleep(1.0)
+        await self.clock.sleep(1.0)
         self.end_us = self.loop.now_us
         self.over = True
         await self._settle()
@@ -205,11 +206,11 @@ class World:
             ("sink", lambda: checks.caught_up(self, "sink")),
             ("api", lambda: checks.caught_up(self, "api")),
         )
-        await asyncio.sleep(1.0)
+        await self.clock.sleep(1.0)
         for name, stage in stages:
             if not await self._until(stage(), _SETTLE_S):
                 self.unsettled.append(f"the {name} had not caught up {_SETTLE_S:g} s after the last trade")
-            await asyncio.sleep(2 * self.scenario.tuning.linger_ms / 1_000)  # what is done may still be on its way out
+            await self.clock.sleep(2 * self.scenario.tuning.linger_ms / 1_000)  # what is done may still be on its way out
 
     def _close(self) -> None:
         for process in [*self.dead, *self.processes.values()]:
@@ -308,7 +309,7 @@ class World:
             plan += [(random.uniform(0.0, scenario.duration_s), number, self._mishap) for number in mishaps]
         start = self.loop.time()
         for moment, _, act in sorted(plan, key=lambda entry: entry[:2]):
-            await asyncio.sleep(max(0.0, start + moment - self.loop.time()))
+            await self.clock.sleep(max(0.0, start + moment - self.loop.time()))
             act()
 
     def _strike(self, target: str) -> None:
@@ -409,7 +410,7 @@ class World:
         while not done():
             if self.loop.time() >= deadline:
                 return False
-            await asyncio.sleep(0.25)
+            await self.clock.sleep(0.25)
         return True
 
     def _ready(self) -> bool:
