@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -11,7 +12,10 @@ from infra.kafka import consumer_config, unreachable
 from infra.registry_client import RegistryClient
 from infra.settings import KafkaSettings
 from schemas.codec import FrameCodec, decode_learning
+from schemas.errors import DecodeError
 from schemas.topics import TOPICS
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUT_S: Final = 10.0
 _MOST_AT_ONCE: Final = 1024
@@ -41,7 +45,11 @@ def newest_worker_bars(settings: KafkaSettings, registry: RegistryClient, codec:
             start = max(stop - step, low)
             found = None
             for offset, value in _records(settings, consumer, TopicPartition(full, partition, start), stop):
-                input_offset = decode_learning(codec, value, registry.schema).input_offset
+                try:
+                    input_offset = decode_learning(codec, value, registry.schema).input_offset
+                except DecodeError as exc:  # no worker's; the sink writes the letter
+                    logger.warning("Record %s[%d]@%d cannot be read: %s", full, partition, offset, exc)
+                    continue
                 if input_offset >= 0:
                     found = WorkerBars(input_offset, offset)
             if found is not None:

@@ -193,7 +193,8 @@ class Sink:
 
     def _topic_sink(self, name: str) -> TopicSink:
         codec = self._registry.frame_codec(name) if TOPICS[name].kind == "frame" else self._registry.row_codec(name)
-        return TopicSink(name, TABLES[name].time_column, codec, self._store, self._registry.schema, self._undecodable)
+        letters = self._store if name == "deadletter" else None
+        return TopicSink(name, TABLES[name].time_column, codec, self._store, self._registry.schema, self._undecodable, letters)
 
     def _flush(self, name: str, pending: _Pending) -> None:
         sink = self._sinks[name]
@@ -208,6 +209,9 @@ class Sink:
         DUPLICATES.labels(name).inc(sink.duplicates - before)
         self._stored_records += len(pending.records)
         self._positions.update({(name, record.partition): record.offset + 1 for record in pending.records})
+        while self._letters.flush(_POLL_S):  # the letter is safe before the record is behind us
+            if self._stopping:
+                raise _StoppedError
         self._commit(name, pending.records)
         self._pending[name] = _Pending()
 
@@ -255,8 +259,8 @@ class Sink:
             wait_s = min(wait_s * 2, _RETRY_MAX_S)
 
     def _undecodable(self, name: str, record: Received, exc: DecodeError) -> None:
-        if name in ("trades", "deadletter"):  # the worker writes the letter for trades; a letter about a letter would never end
-            logger.error("Undecodable record %s[%d]@%d: %s", name, record.partition, record.offset, exc)
+        logger.error("Undecodable record %s[%d]@%d: %s", name, record.partition, record.offset, exc)
+        if name == "trades":  # the worker writes the letter
             return
         letter = dead_letter(
             reason="undecodable_frame",
@@ -268,8 +272,13 @@ class Sink:
             partition=record.partition,
             offset=record.offset,
         )
-        self._letters.produce(TOPICS["deadletter"].full_name(self._settings.kafka.topic_prefix), self._letter_codec.encode(letter))
-        self._letters.poll(0)
+        topic, value = TOPICS["deadletter"].full_name(self._settings.kafka.topic_prefix), self._letter_codec.encode(letter)
+        while True:
+            try:
+                self._letters.produce(topic, value)
+                return
+            except BufferError:  # letters wait for the broker: so does what they are about
+                self._letters.poll(0.1)
 
 
 def main() -> int:

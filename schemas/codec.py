@@ -113,7 +113,8 @@ class _Codec:
             raise EncodeError(f"The record would have {len(data):,} bytes, the limit is {MAX_RECORD_BYTES:,}: split it.")
         return data
 
-    def _decode(self, data: bytes) -> dict[str, Any]:
+    def _decode(self, data: bytes | None) -> dict[str, Any]:
+        data = data or b""  # a Kafka record may have no value
         if len(data) > MAX_RECORD_BYTES:
             raise FrameTooLargeError(len(data), MAX_RECORD_BYTES)
         if len(data) < HEADER_BYTES or data[0] != 0:

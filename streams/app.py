@@ -70,7 +70,7 @@ def create_app(config: AppConfig, runner: BarRunner) -> faust.App:
             shard = await runner.shard(message.partition)
             if message.offset > shard.applied_offset + 1 and not await _resume_at(app, message, shard.applied_offset + 1):
                 continue
-            await runner.handle(message.partition, message.offset, message.value)
+            await runner.handle(message.partition, message.offset, message.value or b"")  # a tombstone has none
             message.value = b""  # the message waits for its snapshot; its bytes need not
             unacknowledged.setdefault(message.partition, deque()).append(message)
 

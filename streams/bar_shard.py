@@ -25,7 +25,7 @@ from processors.quality import QualityConfig, QualityGate, Verdict
 from schemas.codec import FrameCodec, RowCodec, decode_learning
 from schemas.errors import DecodeError
 from schemas.frames import HISTORY, Frame
-from schemas.symbols import SIDE_NAMES, parse_key
+from schemas.symbols import SIDE_NAMES, Instrument
 from schemas.timeframes import US_PER_SECOND
 from streams.deadletters import dead_letter
 from streams.errors import StateError
@@ -239,7 +239,7 @@ class BarShard:
         records = []
         columns = frame.columns if verdict is None else verdict.columns
         for row, reason in zip(batches.rejected["row"].tolist(), batches.rejected["reason"].tolist(), strict=True):
-            instrument = parse_key(frame.symbols[columns["symbol_code"][row]])
+            instrument = _instrument(frame.symbols[columns["symbol_code"][row]])
             trade = {name: column[row].item() for name, column in columns.items() if name != "symbol_code"}
             trade["side"] = SIDE_NAMES.get(trade["side"], trade["side"])
             code, detail = REJECT_REASONS[reason]
@@ -258,6 +258,12 @@ class BarShard:
             )
             records.append(OutRecord("deadletter", 0, instrument.key.encode(), self._codecs.deadletter.encode(letter)))
         return records
+
+
+def _instrument(key: str) -> Instrument:
+    """The market of a key as far as it names one: a frame with a key that is none must not stop the partition."""
+    exchange, _, symbol = key.partition(":")
+    return Instrument(exchange, symbol)
 
 
 def _reach_us(config: BarConfig) -> int:

@@ -10,7 +10,7 @@ repair have none (-1): it publishes a bar again only after it has seen what is s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -72,6 +72,22 @@ class Store(Protocol):
         ...
 
 
+LetterKey = tuple[str, int, int, str, str, int]
+"""(topic, partition, offset, place, reason, origin) of a dead letter about a record: the same key is the same letter."""
+
+
+class LetterIndex(Protocol):
+    """What the table of dead letters holds. Calls block."""
+
+    def newest_letters(self) -> dict[tuple[str, int], int]:
+        """The largest offset that letters name, by topic and partition."""
+        ...
+
+    def known_letters(self, keys: Sequence[LetterKey]) -> set[LetterKey]:
+        """Those of ``keys`` that the table holds."""
+        ...
+
+
 class Received(NamedTuple):
     """One record of a topic."""
 
@@ -105,12 +121,15 @@ class TopicSink:
     store: Store
     fetch_schema: Callable[[int], str]
     on_undecodable: Callable[[str, Received, DecodeError], None]
+    letters: LetterIndex | None = None
+    """Of topic ``deadletter``: a worker that crashed writes the letters of the records it reads again once more; one is kept."""
     duplicates: int = 0
     """Rows dropped because the table already holds them."""
     _in_doubt: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
     _in_doubt_until: dict[int, int] = field(default_factory=dict)
     _input_offset: dict[int, int] = field(default_factory=dict)
     _largest_id: dict[str, int] | None = None
+    _newest_letter: dict[tuple[str, int], int] | None = None
 
     def resume(self, partition: int, committed_offset: int) -> None:
         """Learn what the table holds of this partition beyond ``committed_offset`` (next to read): the batch a crash left in doubt."""
@@ -152,6 +171,9 @@ class TopicSink:
 
     def inserted(self, batch: Batch) -> None:
         """Tell that ``batch`` is stored; its ids are held from now on."""
+        if self.topic == "deadletter" and self._newest_letter is not None:
+            for place in zip(*(batch.columns[name].tolist() for name in ("topic", "partition", "offset")), strict=True):
+                self._newest_letter[place[:2]] = max(self._newest_letter.get(place[:2], -1), place[2])
         if self.topic != "trades" or self._largest_id is None:
             return
         codes, ids = batch.columns["symbol_code"], batch.columns["trade_id"]
@@ -195,16 +217,39 @@ class TopicSink:
 
     def _rows(self, records: list[Received]) -> list[_Part]:
         assert isinstance(self.codec, RowCodec)
-        parts = []
+        parts: list[tuple[Mapping[str, Any], Received]] = []
         for record in records:
             try:
                 row = self._decode_row(self.codec, record.value)
             except DecodeError as exc:
                 self.on_undecodable(self.topic, record, exc)
                 continue
-            columns = {name: _one(value) for name, value in row.items()}
-            parts.append(_Part(columns, record.partition, record.offset, record.known_at_us))
-        return parts
+            parts.append((row, record))
+        if self.letters is not None:
+            parts = self._new_letters(parts, self.letters)
+        return [
+            _Part({name: _one(value) for name, value in row.items()}, record.partition, record.offset, record.known_at_us)
+            for row, record in parts
+        ]
+
+    def _new_letters(self, parts: list[tuple[Mapping[str, Any], Received]], index: LetterIndex) -> list[tuple[Mapping[str, Any], Received]]:
+        """Letters that the table does not hold yet. Only what names a record of a topic can come twice."""
+        if self._newest_letter is None:
+            self._newest_letter = index.newest_letters()
+        newest = self._newest_letter
+        keys = [_letter_key(row) for row, _ in parts]
+        # a worker writes letters in the order of its input: beyond the newest offset they are new, and the table is not asked
+        asked = [key for key in keys if key is not None and key[2] <= newest.get(key[:2], -1)]
+        seen = index.known_letters(asked) if asked else set()
+        kept = []
+        for key, part in zip(keys, parts, strict=True):
+            if key is not None:
+                if key in seen:
+                    self.duplicates += 1
+                    continue
+                seen.add(key)
+            kept.append(part)
+        return kept
 
     def _decode_row(self, codec: RowCodec, value: bytes) -> Mapping[str, Any]:
         try:
@@ -242,6 +287,13 @@ class TopicSink:
                 held.clear()  # past the batch in doubt: nothing of this partition is in question any more
             rows, offsets, partitions = rows[~known], offsets[~known], partitions[~known]
         return rows
+
+
+def _letter_key(row: Mapping[str, Any]) -> LetterKey | None:
+    """None for a letter that names no record of a topic."""
+    if row["offset"] < 0 or not row["topic"]:
+        return None
+    return row["topic"], row["partition"], row["offset"], row["place"], row["reason"], row["origin"]
 
 
 def _one(value: Any) -> npt.NDArray[Any]:

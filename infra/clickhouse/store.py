@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from infra.clickhouse.schema import TABLES
-from streams.sink import Batch
+from streams.sink import Batch, LetterKey
 
 
 class ClickHouseStore:
@@ -70,6 +71,20 @@ class ClickHouseStore:
         )
         newest, count = result.result_rows[0]
         return int(newest) if count else -1
+
+    def newest_letters(self) -> dict[tuple[str, int], int]:
+        """See streams.sink.LetterIndex."""
+        result = self._client.query("SELECT topic, partition, max(offset) FROM deadletter WHERE offset >= 0 GROUP BY topic, partition")
+        return {(topic, int(partition)): int(offset) for topic, partition, offset in result.result_rows}
+
+    def known_letters(self, keys: Sequence[LetterKey]) -> set[LetterKey]:
+        """See streams.sink.LetterIndex."""
+        result = self._client.query(
+            "SELECT topic, partition, offset, place, reason, origin FROM deadletter"
+            " WHERE offset IN {offsets:Array(Int64)} AND topic IN {topics:Array(String)}",
+            parameters={"offsets": sorted({key[2] for key in keys}), "topics": sorted({key[0] for key in keys})},
+        )
+        return set(map(tuple, result.result_rows)) & set(keys)
 
 
 def _arrow(batch: Batch) -> pa.Table:

@@ -111,7 +111,7 @@ def _decode(key: bytes | None, value: bytes | None, offset: int) -> tuple[dict[s
         parsed_value = None if value is None else json.loads(value)
         if not isinstance(parsed_key, dict) or not isinstance(parsed_value, dict | None):
             raise ValueError("not an object")
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         logger.warning("skipped the schema record at offset %s: %s", offset, exc)
         return None
     return parsed_key, parsed_value

@@ -7,11 +7,14 @@ Records are Confluent's own (topic ``_schemas``), so that a Confluent registry c
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from infra.stack.registry_compat import LEVELS, check, parse_error
+
+logger = logging.getLogger(__name__)
 
 MODES = ("READWRITE", "READONLY", "IMPORT")
 Record = tuple[dict[str, Any], dict[str, Any] | None]
@@ -80,7 +83,13 @@ class Store:
         self._last_id = 0
 
     def apply(self, key: Mapping[str, Any], value: Mapping[str, Any] | None) -> None:
-        """Takes one record of the log; records of unknown kinds are skipped, as Confluent's registry does."""
+        """Takes one record of the log; records of unknown kinds are skipped, as Confluent's registry does, and so are damaged ones."""
+        try:
+            self._apply(key, value)
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
+            logger.warning("skipped the schema record %s: %r", str(key)[:200], exc)
+
+    def _apply(self, key: Mapping[str, Any], value: Mapping[str, Any] | None) -> None:
         kind, subject = key.get("keytype"), key.get("subject")
         if kind == "SCHEMA" and isinstance(subject, str):
             self._apply_schema(subject, int(key["version"]), value)
