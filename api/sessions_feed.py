@@ -29,8 +29,8 @@ _READ_ROWS: Final = 5_000
 _FIRST_WINDOW_US: Final = 60_000_000
 _LOOK_S: Final = 2.0
 """A feed that waits looks this often whether its session was stopped."""
-_LEAST_WAIT_S: Final = 0.002
-"""What is due sooner is sent now: sleeping for less takes longer."""
+_LEAST_WAIT_S: Final = 0.001
+"""Nothing is sent before its time; sleeping for less than this takes longer."""
 _EVERYTHING: Final = 2**62
 
 
@@ -147,9 +147,9 @@ class SessionFeeds:
         silent_s = 0.0
         while not subscription.closed:
             wait_s = session.wait_s(due_us, clock.now_us())
-            if wait_s <= _LEAST_WAIT_S:
+            if not wait_s:
                 return True
-            nap_s = min(wait_s, _LOOK_S)
+            nap_s = min(max(wait_s, _LEAST_WAIT_S), _LOOK_S)
             await clock.sleep(nap_s)
             silent_s += nap_s
             await self._sessions.find(session.id)

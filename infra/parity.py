@@ -40,8 +40,6 @@ _BATCH: Final = 500
 _WAIT_S: Final = 15.0
 """How long a run that still goes is waited for, until worker and sink are where its topics stood when we looked."""
 _POLL_S: Final = 0.2
-NOT_RETAINED_RECORDS: Final = "records of the run that its topics no longer hold"
-
 Tell = Callable[[int, int, int], None]
 """Called with (trades records done, to do, trades done)."""
 
@@ -102,7 +100,7 @@ async def check(settings: Settings, run: Run, *, tell: Tell = lambda *_: None, c
     """Replay ``run`` and compare. Raises UnreachableError when a server does not answer."""
     clock = clock or SystemClock()
     run = await _settled(settings, run, clock)
-    jobs = await load_jobs(settings.postgres)
+    jobs = await load_jobs(settings)
     return await asyncio.to_thread(_check, settings, run, explain(jobs), tell, clock)
 
 
@@ -113,7 +111,7 @@ async def _settled(settings: Settings, run: Run, clock: Clock) -> Run:
         done = await asyncio.to_thread(worker_offsets, settings)
         stored = (await asyncio.to_thread(committed_offsets, settings.kafka, SINK_GROUP, ["bars"]))["bars"]
         behind = [p for p, end in run.end["trades"].items() if done[p][0] + 1 < end and run.start["trades"][p] < end]
-        unstored = [p for p, end in run.end["bars"].items() if stored[p] < max(end, done[p][1] if run.state == "running" else 0)]
+        unstored = [p for p, end in run.end["bars"].items() if max(stored[p], 0) < max(end, done[p][1] if run.state == "running" else 0)]
         if not behind and not unstored:
             break
         if run.state != "running" and not _moves(settings):

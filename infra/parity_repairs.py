@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from infra.database import connected
 from infra.parity_rows import RowKey
-from infra.settings import PostgresSettings
+from infra.settings import Settings
 
-US = 1_000_000
+_US = 1_000_000
 
 
 class Job(NamedTuple):
@@ -21,12 +21,11 @@ class Job(NamedTuple):
     reason: str
 
 
-async def load_jobs(settings: PostgresSettings) -> list[Job]:
-    """Every job there is; [] where no release with a repair ever ran. Raises UnreachableError."""
-    async with connected(settings) as connection:
-        if await connection.fetchval("SELECT to_regclass('repairs')") is None:
-            return []
-        rows = await connection.fetch("SELECT exchange, symbol, start_us, end_us, reason FROM repairs")
+async def load_jobs(settings: Settings) -> list[Job]:
+    """Every job of a stack. Raises UnreachableError."""
+    async with connected(settings.postgres) as connection:
+        sql = "SELECT exchange, symbol, start_us, end_us, reason FROM repairs WHERE topic_prefix = $1"
+        rows = await connection.fetch(sql, settings.kafka.topic_prefix)
     return [Job(f"{row['exchange']}:{row['symbol']}", row["start_us"], row["end_us"], row["reason"]) for row in rows]
 
 
@@ -37,9 +36,9 @@ def explain(jobs: Iterable[Job]) -> Callable[[RowKey], str | None]:
         by_instrument.setdefault(job.instrument, []).append(job)
 
     def reason(key: RowKey) -> str | None:
-        close_us = key.open_time_us + key.timeframe_s * US
+        close_us = key.open_time_us + key.timeframe_s * _US
         for job in by_instrument.get(key.instrument, ()):
-            if job.start_us < close_us and key.open_time_us <= job.end_us:
+            if job.start_us < close_us and key.open_time_us < job.end_us:
                 return f"repair: {job.reason}"
         return None
 

@@ -29,6 +29,7 @@ from schemas.timeframes import format_time_us
 _COLUMNS: Final = "id, clock, as_of_us, until_us, started_us, pinned_us, speed, stopped_at"
 _STORE_WAIT_S: Final = 30.0
 _POLL_S: Final = 0.1
+_HOUR_US: Final = 3_600_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +89,7 @@ async def create_session(
         as_of_us: where it begins, microseconds UTC; before now.
         until_us: where it ends; None: now (``known``), the newest row (``market``).
         speed: virtual seconds a second, or ``max``.
-        clock_name: ``known``, ``market``, or ``auto``: ``known`` unless nothing was known yet at ``as_of_us``.
+        clock_name: ``known``, ``market``, or ``auto``: ``known`` unless all that is stored of ``as_of_us`` was recorded long before it was stored.
         clock: wall clock, sleep and randomness.
 
     Raises:
@@ -108,7 +109,7 @@ async def create_session(
         raise SettingsError(f"--as-of {format_time_us(as_of_us)} is not in the past: a session replays what was.")
     await _stored(settings, clock)
     first_known_us, last_us = await asyncio.to_thread(_extent, settings)
-    name = clock_name if clock_name != "auto" else KNOWN if 0 < first_known_us <= as_of_us else MARKET
+    name = clock_name if clock_name != "auto" else _fitting_clock(as_of_us, first_known_us, last_us)
     latest_us = pinned_us if name == KNOWN else min(pinned_us, max(last_us, as_of_us))
     end_us = latest_us if until_us is None else min(until_us, latest_us)
     if end_us < as_of_us:
@@ -132,6 +133,11 @@ async def create_session(
             if await connection.execute(sql, *values) == "INSERT 0 1":
                 return session
     raise SettingsError("No free id was found for this session in 100 tries: delete old rows of the table sessions.")
+
+
+def _fitting_clock(as_of_us: int, first_known_us: int, last_us: int) -> str:
+    """``market`` for a moment long before anything was known, of which there are trades all the same: a recording that was stored later."""
+    return MARKET if as_of_us < min(first_known_us - _HOUR_US, last_us) else KNOWN
 
 
 async def find_session(settings: Settings, name: str) -> Session:
