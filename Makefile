@@ -2,6 +2,7 @@
 #
 #   make up [ARGS="--detach --source auto|live|sim|none --data-dir DIR"]     start everything (Ctrl-C or `make down` ends it)
 #   make test [ARGS="tests/schemas -k codec"]                                every gate and test
+#   make prove [ARGS="gaps matrix --short"]                                  every promise, shown: hours
 #   make bench [ARGS="bars --json"]                                          figures beside those of other programs
 
 SHELL := /bin/sh
@@ -12,7 +13,7 @@ VENV := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up down test bench lint format lock clean
+.PHONY: help setup up down test prove bench lint format lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -29,6 +30,10 @@ down: setup ## stop what `make up` started
 test: ## ruff, mypy, import directions, then unit, property and integration tests on the real stack
 	@$(BOOTSTRAP) dev
 	@exec $(VENV)/python -m infra.cli.gates test $(ARGS)
+
+prove: ## run every line of the proof (hours; ARGS="--short": minutes) and keep a page with the figures
+	@$(BOOTSTRAP) dev
+	@exec $(VENV)/marketstream prove $(ARGS)
 
 lint: ## ruff and mypy alone
 	@$(BOOTSTRAP) dev
