@@ -61,7 +61,10 @@ class KafkaLag:
         found: dict[tuple[str, int], int] = {}
         for place, future in self._admin.list_offsets(wanted, request_timeout=_TIMEOUT_S).items():
             try:
-                found[(place.topic.removeprefix(prefix), place.partition)] = future.result().offset
+                offset = future.result().offset
+                if offset < 0:  # a broker that is known and silent: the client reports no error, only no offset
+                    raise KafkaException(KafkaError(KafkaError._TIMED_OUT))  # noqa: SLF001 - its public name
+                found[(place.topic.removeprefix(prefix), place.partition)] = offset
             except KafkaException as exc:
                 if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                     continue  # being made or gone: nothing waits there

@@ -192,7 +192,7 @@ class Supervisor:
         status = child.status
         how = child.verdict or (f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}")
         said = launch.last_line(Path(status.log))
-        status.pid, status.detail = 0, f"{how}; last said: {said}" if said else how
+        status.pid, status.detail = 0, f"{how}; last said: {said}" if said and not child.verdict else how
         if not child.was_ready and (2 <= code <= 11 or not spec.restart):
             raise _failure(code, f"{child.name} {how} while starting: {said or 'no output'}; its log is {status.log}")
         if not child.was_ready and now - child.first_started_at > spec.ready_timeout_s:

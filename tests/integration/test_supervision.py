@@ -1,0 +1,290 @@
+"""A running stack keeps every trade while a server is away, ends within 5 s when asked to, and heals what hangs.
+
+``MARKETSTREAM_OUTAGE_S`` is how long servers are away (default 6; 600 for the full proof), ``MARKETSTREAM_OUTAGE_RATE`` trades a second
+(default 5,000). With ``-s`` the figures are printed: memory of every process before, at most during and after, spool, recovery.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+
+from infra.cli.processes import source_overrides, specs
+from infra.clickhouse.client import connect
+from infra.kafka import committed_offsets, consumer_config, end_offsets
+from infra.progress import SINK_GROUP
+from infra.registry_client import RegistryClient
+from infra.settings import Settings, load_settings
+from infra.stack.state import ProcessStatus
+from infra.stack.supervisor import Stack
+from schemas.codec import decode_learning
+from schemas.frames import HISTORY
+from tests.integration.conftest import process_environ
+
+pytestmark = pytest.mark.timeout(3600)
+
+OUTAGE_S = float(os.environ.get("MARKETSTREAM_OUTAGE_S", "6"))
+RATE = int(os.environ.get("MARKETSTREAM_OUTAGE_RATE", "5000"))
+DRAIN_LIMIT_S = 5.0
+MEMORY_LIMIT_BYTES = 96 * 1024 * 1024
+"""A process may grow by this much in an outage: its bounded queues and allocator slack. A minute of 5,000 trades/s is 17 MB of frames."""
+OURS = ("collector", "worker-0", "sink", "api")
+
+
+class World:
+    """A whole stack on a simulated exchange."""
+
+    def __init__(self, settings: Settings, stack: Stack) -> None:
+        self.settings, self.stack = settings, stack
+
+    def status(self, name: str) -> ProcessStatus:
+        """One process."""
+        return next(status for status in self.stack.status(check=False) if status.name == name)
+
+    def statuses(self) -> dict[str, ProcessStatus]:
+        """Every process."""
+        return {status.name: status for status in self.stack.status(check=False)}
+
+    def port(self, name: str) -> int:
+        """Where a process of ours answers."""
+        settings = self.settings
+        return {
+            "collector": settings.collector.health_port,
+            "worker-0": settings.worker.health_port,
+            "sink": settings.sink.health_port,
+            "api": settings.api.port,
+        }[name]
+
+    def reasons(self, name: str) -> str:
+        """What ``/readyz`` says; empty when ready."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port(name)}/readyz", timeout=5):
+                return ""
+        except urllib.error.HTTPError as exc:
+            with exc:
+                body = json.loads(exc.read())
+            return json.dumps(body.get("reasons") or {name: check for name, check in body["checks"].items() if not check["ok"]})
+        except OSError as exc:
+            return repr(exc)
+
+    def metric(self, name: str, metric: str) -> float:
+        """One value of ``/metrics``."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port(name)}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(metric + "{"))
+
+    def memory(self) -> dict[str, int]:
+        """Resident bytes of every process that runs."""
+        found = {}
+        for name, status in self.statuses().items():
+            try:
+                found[name] = psutil.Process(status.pid).memory_info().rss
+            except (psutil.NoSuchProcess, ValueError):
+                continue
+        return found
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """Servers are not healed while a test holds them: the watchers wait an hour for them, and 3 s for ours."""
+    with tempfile.TemporaryDirectory(prefix="marketstream-supervision-", ignore_cleanup_errors=True) as folder:
+        base = load_settings(
+            {
+                **process_environ(Path(folder) / "data"),
+                "MARKETSTREAM_SIM_TRADES_PER_S": str(RATE),
+                "MARKETSTREAM_SIM_SYMBOLS": "40",
+                "MARKETSTREAM_WATCHDOG_SERVER_SILENT_S": "3600",
+                "MARKETSTREAM_WATCHDOG_SILENT_S": "3",
+            }
+        )
+        settings = load_settings(base.as_environ(), overrides=source_overrides(base, "sim"))
+        stack = Stack(settings, specs(settings, "sim"))
+        stack.up()
+        try:
+            yield World(settings, stack)
+        finally:
+            stack.down()
+
+
+def eventually(condition: Callable[[], bool], seconds: float, what: str) -> float:
+    """Waits until the condition holds; how long it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"{what} did not happen within {seconds:.0f} s"
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+@contextmanager
+def away(world: World, name: str) -> Iterator[None]:
+    """A server that is stopped: its port is open and nobody answers."""
+    main = psutil.Process(world.status(name).pid)
+    stopped = [main, *main.children(recursive=True)]
+    for process in stopped:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in stopped:
+            process.resume()
+
+
+def all_ready(world: World) -> bool:
+    """Nobody has a reason not to be."""
+    return not any(world.reasons(name) for name in OURS)
+
+
+def published(world: World) -> tuple[dict[str, list[int]], dict[str, list[int]], dict[int, int]]:
+    """Ids of every symbol in the order of the topic, live and of the past, and the end offsets up to which that holds."""
+    kafka = world.settings.kafka
+    ends = end_offsets(kafka, ["trades"])["trades"]
+    live: dict[str, list[int]] = {}
+    past: dict[str, list[int]] = {}
+    consumer = Consumer(consumer_config(kafka, "supervision"))
+    with RegistryClient.from_settings(world.settings) as registry:
+        codec = registry.frame_codec("trades")
+        for partition, end in ends.items():
+            consumer.assign([TopicPartition(f"{kafka.topic_prefix}trades", partition, 0)])
+            position = 0
+            while position < end:
+                for message in consumer.consume(min(500, end - position), timeout=10):
+                    assert message.error() is None
+                    position = message.offset() + 1
+                    frame = decode_learning(codec, message.value(), registry.schema)
+                    if not frame.row_count:
+                        continue
+                    into = past if frame.flags & HISTORY else live
+                    codes, ids = frame.columns["symbol_code"], frame.columns["trade_id"]
+                    for code in np.unique(codes).tolist():
+                        into.setdefault(frame.symbols[code], []).extend(ids[codes == code].tolist())
+    consumer.close()
+    return live, past, ends
+
+
+def check_everything_arrived(world: World, *, in_order: bool = True) -> int:
+    """Every id from the first to the last is in the topic, and in ClickHouse exactly once; how many trades that are."""
+    live, past, ends = published(world)
+    assert len(live) >= 30
+    for key, ids in live.items():
+        every = set(ids) | set(past.get(key, []))
+        assert len(every) == max(every) - min(every) + 1, f"{key}: {max(every) - min(every) + 1 - len(every)} ids are missing in the topic"
+        if in_order:
+            assert all(after > before for before, after in zip(ids, ids[1:], strict=False)), f"{key} is out of order, or doubled"
+
+    def stored() -> bool:
+        committed = committed_offsets(world.settings.kafka, SINK_GROUP, ["trades"])["trades"]
+        return all(committed.get(partition, -1) >= end for partition, end in ends.items())
+
+    eventually(stored, 60, "storing what was published")
+    client = connect(world.settings.clickhouse)
+    try:
+        rows = client.query(
+            "SELECT concat(exchange, ':', symbol), count(), uniqExact(trade_id), min(trade_id), max(trade_id) FROM trades GROUP BY 1"
+        ).result_rows
+    finally:
+        client.close()
+    total = 0
+    for key, count, distinct, first, last in rows:
+        assert count == distinct == last - first + 1, f"{key}: {count} rows, {distinct} ids, from {first} to {last}"
+        assert first == min(live[key]) and last >= max(live[key])
+        total += count
+    return total
+
+
+def hold(world: World, name: str, seconds: float, expected: dict[str, str]) -> None:
+    """Keep a server away; check what is said meanwhile, that nobody is restarted, and that memory stays bounded."""
+    before, restarts = world.memory(), {name: status.restarts for name, status in world.statuses().items()}
+    most = dict(before)
+    with away(world, name):
+        until = time.monotonic() + seconds
+        told: dict[str, str] = {}
+        while time.monotonic() < until:
+            time.sleep(min(1.0, seconds / 4))
+            for process, used in world.memory().items():
+                most[process] = max(most.get(process, 0), used)
+            told = {process: world.reasons(process) for process in OURS}
+        spooled = world.metric("collector", "collector_spool_bytes")
+        for process in OURS:
+            assert expected.get(process, "") in told[process] and bool(told[process]) == (process in expected), (process, told[process])
+    took = eventually(lambda: all_ready(world), 60 + seconds / 4, f"being ready after {name} was away")
+    eventually(lambda: world.metric("collector", "collector_spool_bytes") == 0, 60 + seconds, "sending the spool")
+    after = world.memory()
+    print(f"\n{name} away for {seconds:.0f} s: ready {took:.1f} s after; the spool held {spooled / 1e6:.1f} MB")
+    for process, used in sorted(before.items()):
+        print(f"  {process:12} {used / 1e6:6.0f} MB before, {most[process] / 1e6:6.0f} at most, {after.get(process, 0) / 1e6:6.0f} after")
+    assert {name: status.restarts for name, status in world.statuses().items()} == restarts
+    for process in OURS:
+        assert most[process] - before[process] < MEMORY_LIMIT_BYTES, process
+
+
+def test_a_broker_that_is_away_costs_no_trade(world: World) -> None:
+    """Collectors go on into the spool, everybody names the broker, nobody is restarted, and all of it arrives in order after."""
+    hold(world, "kafka", OUTAGE_S, dict.fromkeys(OURS, "afka"))
+    total = check_everything_arrived(world)
+    print(f"  {total:,} trades, none lost, doubled or out of order")
+
+
+def test_a_clickhouse_that_is_away_costs_no_row(world: World) -> None:
+    """Topics hold what the sink cannot store; the sink and the API name it, the others go on."""
+    hold(world, "clickhouse", OUTAGE_S, {"sink": "ClickHouse", "api": "clickhouse"})
+    total = check_everything_arrived(world)
+    print(f"  {total:,} trades, none lost, doubled or out of order")
+
+
+def test_sigterm_ends_each_process_within_five_seconds_and_loses_nothing(world: World) -> None:
+    """Under load, exit code 0; the supervisor starts it again."""
+    for name in OURS:
+        before = world.status(name)
+        began = time.monotonic()
+        os.kill(before.pid, signal.SIGTERM)
+        eventually(lambda before=before: not before.lives(), 10, f"the end of {before.name}")
+        took = time.monotonic() - began
+        eventually(lambda name=name, before=before: world.status(name).restarts == before.restarts + 1, 5, "the restart")
+        print(f"\n{name} ended {took:.1f} s after SIGTERM")
+        assert took <= DRAIN_LIMIT_S
+        assert world.status(name).reason.startswith("ended with code 0")
+    eventually(lambda: all_ready(world), 60, "being ready after SIGTERM")
+    check_everything_arrived(world, in_order=False)
+
+
+def test_a_worker_that_is_stopped_is_found_and_started_again(world: World) -> None:
+    """SIGSTOP: found by its silence; bars go on where the snapshot was."""
+    before = world.status("worker-0")
+    os.kill(before.pid, signal.SIGSTOP)
+    took = eventually(
+        lambda: world.status("worker-0").pid not in (0, before.pid) and world.status("worker-0").state == "ready", 60, "healing the worker"
+    )
+    status = world.status("worker-0")
+    print(f"\nthe worker was ready again {took:.1f} s after SIGSTOP; {status.reason}")
+    assert status.restarts == before.restarts + 1 and "did not answer for" in status.reason
+
+
+def test_a_collector_killed_while_the_broker_is_away_loses_nothing(world: World) -> None:
+    """Kill -9 in the outage: its spool is sent first, what was traded while nobody listened is fetched, rows are stored once."""
+    with away(world, "kafka"):
+        eventually(lambda: world.metric("collector", "collector_spool_bytes") > 100_000, 20, "spooling")
+        before = world.status("collector")
+        os.kill(before.pid, signal.SIGKILL)
+        eventually(lambda: not before.lives(), 5, "the end of the collector")
+        time.sleep(1.0)
+    eventually(
+        lambda: world.status("collector").restarts > before.restarts and world.status("collector").state == "ready", 60, "its return"
+    )
+    eventually(lambda: all_ready(world), 60, "being ready")
+    time.sleep(2.0)
+    check_everything_arrived(world, in_order=False)
+    log = (world.settings.data_dir / "logs" / "collector.log").read_text()
+    assert "of an earlier process, which are sent first" in log
