@@ -61,6 +61,7 @@ class OpenGap(NamedTuple):
     """A gap that an earlier process left open."""
 
     gap_id: int
+    """-1: the ledger does not know it yet."""
     first_id: int
     last_id: int
     start_time_us: int
@@ -85,6 +86,9 @@ class Resume:
     """The stretch of which nobody knew when the process ended; -1: none."""
     lost_since_us: int = 0
     gaps: tuple[OpenGap, ...] = ()
+    """Its open gaps with known ids; they are fetched further."""
+    strays: tuple[OpenGap, ...] = ()
+    """Open entries with unknown ids that nobody will settle: those without an end are withdrawn, the others are lost for good."""
 
 
 class Coverage:

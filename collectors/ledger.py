@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from collectors.batcher import Batcher
-from collectors.coverage import NO_END, Coverage, Resume, block, gap_row, ledger_frames
+from collectors.coverage import NO_END, Coverage, OpenGap, Resume, block, gap_row, ledger_frames
 from collectors.dedupe import EVIDENCE_RESTART, EVIDENCE_SILENCE, Gap, Piece, Sequencer
 from collectors.stats import FeedStats
 from collectors.watermark import Watermark
@@ -76,7 +76,8 @@ class Ledger:
     def resume(self, code: int, resume: Resume, mono_us: int) -> None:
         """Go on where an earlier process left off: what was traded since is in doubt, its open gaps are fetched further."""
         self._sequencer.add(code, resume.trade_id, resume.exchange_time_us)
-        self._gap_id = max(self._gap_id, *(gap.gap_id for gap in resume.gaps), resume.lost_id, resume.interval_id)
+        named = (gap.gap_id for gap in (*resume.gaps, *resume.strays))
+        self._gap_id = max(self._gap_id, resume.lost_id, resume.interval_id, *named)
         if resume.trade_id < 0:
             self.coverage.watch(code)
         else:
@@ -87,11 +88,27 @@ class Ledger:
             gap_id = resume.lost_id if resume.lost_id >= 0 else self._next_gap_id()
             self._lose(np.array([code]), np.array([lost_us]), EVIDENCE_RESTART, gap_id)
         for old in resume.gaps:
-            pieces = [Piece(old.first_id, old.last_id, old.start_time_us, old.end_time_us)]
-            gap = Gap(code, old.first_id, old.last_id, old.start_time_us, old.end_time_us, old.evidence, pieces, old.gap_id, old.recovered)
-            gap.opened_us = mono_us
-            self._sequencer.reopen(gap)
+            self._reopen(code, old, mono_us)
+        for old in resume.strays:
+            bounds = (old.start_time_us, old.end_time_us)
+            ended = old.end_time_us >= old.start_time_us
+            state, end_us = (GAP_UNFILLABLE, bounds[1]) if ended else (GAP_COMPLETE, bounds[0])
+            self._batcher.notice(GapNotice(code, old.gap_id, bounds[0], end_us, state or GAP_FILLED))
+            self._closing.append(
+                block(np.array([code]), start_time_us=bounds[0], end_time_us=end_us, evidence=old.evidence, state=state, gap_id=old.gap_id)
+            )
+
+    def _reopen(self, code: int, old: OpenGap, mono_us: int) -> None:
+        """Go on with a gap of an earlier process; one that it had no time to tell of is told now."""
+        first, last, start_us, end_us = old.first_id, old.last_id, old.start_time_us, old.end_time_us
+        gap = Gap(code, first, last, start_us, end_us, old.evidence or EVIDENCE_RESTART, [Piece(first, last, start_us, end_us)])
+        gap.gap_id, gap.recovered, gap.opened_us = old.gap_id, old.recovered, mono_us
+        self._sequencer.reopen(gap)
+        if gap.gap_id >= 0:
             self._on_gap(gap)
+            return
+        gap.gap_id = self._next_gap_id()
+        self._announce(gap)
 
     def remove(self, code: int) -> None:
         """A symbol is no longer collected: the last word on its interval."""
@@ -180,9 +197,12 @@ class Ledger:
             gap.gap_id, evidence = known
             gap.evidence = gap.evidence if gap.anew else evidence
         gap.opened_us = mono_us
-        self._stats.gaps_opened += 1
         if 0 < gap.missing_ids <= self._hold_gap_ids:
             self._watermark.hold(gap_hold(gap), mono_us)
+        self._announce(gap)
+
+    def _announce(self, gap: Gap) -> None:
+        self._stats.gaps_opened += 1
         self._urgent.append(self._open_row(gap, gap.first_id, gap.last_id))
         self._tell(gap, gap.gap_id, gap.start_time_us, gap.end_time_us, GAP_OPEN)
         self._on_gap(gap)

@@ -102,6 +102,8 @@ class Shard:
         self._rounds_since_resume = RESUMED_ROUNDS
         self._round_us = clock.monotonic_us()
         self._stopping = False
+        self._drained = asyncio.Event()
+        self._ledger_lock = asyncio.Lock()
         self._pump_task: asyncio.Task[None] | None = None
 
     # What others ask.
@@ -140,6 +142,7 @@ class Shard:
             if self._stopping:  # the keeper ends at once, the pump when everything received is sent
                 await asyncio.wait({self._pump_task})
                 await self._send_ledger()
+                self._drained.set()
             for task in (self._pump_task, keeper):
                 if task.done() and not task.cancelled():
                     task.result()
@@ -151,6 +154,7 @@ class Shard:
                 link.connection.cut()
             self._pump_task.cancel()
             await asyncio.gather(self._pump_task, return_exceptions=True)
+            self._drained.set()
 
     async def stop(self) -> None:
         """Stop reading and send everything that was received. The sink's own flush is the caller's."""
@@ -161,6 +165,7 @@ class Shard:
             await self._close(link)
         self._round_us = self._clock.monotonic_us()
         await asyncio.wait([self._pump_task])
+        await self._drained.wait()
 
     # Connecting.
 
@@ -421,11 +426,12 @@ class Shard:
 
     async def _send_ledger(self) -> None:
         ledger = self.pipeline.ledger
-        if ledger.waits:
-            frames = ledger.take_ready()
-            await self._sink.wait_acknowledged()
-            for topic_name, partition, frame in frames:
-                await self._sink.send(topic_name, partition, frame)
+        async with self._ledger_lock:  # in order, and not cut off half-way at the end
+            if ledger.waits:
+                frames = ledger.take_ready()
+                await self._sink.wait_acknowledged()
+                for topic_name, partition, frame in frames:
+                    await self._sink.send(topic_name, partition, frame)
 
     def _after_round(self) -> None:
         if self._paused and self.pipeline.has_room:

@@ -28,7 +28,7 @@ from collectors.breaker import Breaker
 from collectors.coverage import Resume
 from collectors.errors import BlockedError, BreakerOpenError, CollectorError, VenueError
 from infra.collector_metrics import CollectorMetrics
-from infra.collector_resume import last_positions
+from infra.collector_resume import left_off
 from infra.errors import MarketstreamError, SettingsError, UnreachableError
 from infra.health import HealthServer
 from infra.kafka import FrameProducer
@@ -202,9 +202,10 @@ class CollectorProcess:
             await self._work(self._collector, dead_letters)
 
     def _positions(self, venue: Venue) -> dict[str, Resume]:
-        found = last_positions(self._settings.kafka, self._registry, f"{venue.exchange}/ws/")
+        found = left_off(self._settings, self._registry, venue.exchange, consecutive=venue.consecutive_ids, now_us=self._clock.now_us())
         if found:
-            logger.info("Continuing after the last trade of %d symbols.", len(found))
+            gaps = sum(len(resume.gaps) for resume in found.values())
+            logger.info("Continuing after the last trade of %d symbols, with %d gaps left open.", len(found), gaps)
         return {key.partition(":")[2]: resume for key, resume in found.items()}
 
     async def _work(self, collector: BinanceCollector, dead_letters: KafkaDeadLetters) -> None:

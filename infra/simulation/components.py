@@ -29,9 +29,9 @@ from collectors.binance.rest import BinanceRest
 from collectors.breaker import Breaker, BreakerConfig
 from collectors.coverage import Resume
 from collectors.errors import BreakerOpenError, VenueError
+from collectors.left_off import LeftOff
 from collectors.stale import StaleConfig
 from infra.clickhouse.schema import TABLES
-from infra.collector_resume import _learn as learn_position
 from infra.kafka import producer_config
 from infra.settings import KafkaSettings
 from infra.simulation.broker import SimBroker, SimConsumer, SimProducer, SimStateLog
@@ -89,8 +89,6 @@ class Outside:
     trace: Trace
     tuning: Tuning
     seed: int
-    skew_us: dict[str, int] = field(default_factory=dict)
-    """Process name -> how far its wall clock is off."""
     sink_topics: tuple[str, ...] = ("trades", "bars", "gaps", "deadletter")
     hooks: dict[str, Any] = field(default_factory=dict)
     """Parts of running processes that the world looks at: collector, runner, stream."""
@@ -98,8 +96,8 @@ class Outside:
     def clock(self, name: str) -> SimClock:
         """The clock of a process that starts now."""
         process = PROCESS.get()
-        generation = process.generation if process is not None else 0
-        return SimClock(self.loop, f"{self.seed}/{name}/{generation}", self.skew_us.get(name, 0))
+        generation, skew_us = (process.generation, process.skew_us) if process is not None else (0, 0)
+        return SimClock(self.loop, f"{self.seed}/{name}/{generation}", skew_us)
 
     def producer(self, clock: SimClock) -> SimProducer:
         """A producer with the product's own settings."""
@@ -141,12 +139,6 @@ def no_schema(schema_id: int) -> str:
     raise KeyError(schema_id)
 
 
-class _Registry:
-    """As much of a registry client as resuming needs."""
-
-    schema = staticmethod(no_schema)
-
-
 # -- collector
 
 
@@ -163,14 +155,25 @@ class _Letters:
         self._producer.produce("deadletter", 0, f"{exchange}:{symbol}".encode(), row_codec("deadletter").encode(row))
 
 
-def last_positions(broker: SimBroker) -> dict[str, Resume]:
-    """Symbol -> newest trade published; as ``infra.collector_resume`` reads it."""
-    found: dict[str, Resume] = {}
-    for partition in range(broker.partitions):
-        end = broker.end("trades", partition)
-        for _, record in broker.read(("trades", partition), max(0, end - 2_000), 2_000):
-            learn_position(found, frame_codec("trades"), _Registry(), record.value, f"{EXCHANGE}/ws/")  # type: ignore[arg-type]
-    return {key.partition(":")[2]: resume for key, resume in found.items()}
+def last_positions(broker: SimBroker, store: SimStore) -> dict[str, Resume]:
+    """Symbol -> where the collector before left off; read from the topics and the store as ``infra.collector_resume`` does."""
+    found = LeftOff(EXCHANGE, broker.partitions)
+    for topic in ("trades", "gaps"):
+        for partition in range(broker.partitions):
+            end = broker.end(topic, partition)
+            for _, record in broker.read((topic, partition), max(0, end - 2_000), 2_000):
+                try:
+                    frame = decode_learning(frame_codec(topic), record.value, no_schema)
+                except DecodeError:
+                    continue
+                if topic == "trades":
+                    found.trades(partition, frame)
+                else:
+                    found.gaps(frame)
+    if store.up:
+        for key, trade_id, time_us in store.newest_trades():
+            found.stored(key, trade_id, time_us)
+    return {key.partition(":")[2]: resume for key, resume in found.resumes().items()}
 
 
 def collector_config(tuning: Tuning) -> CollectorConfig:
@@ -194,7 +197,7 @@ async def run_collector(outside: Outside) -> None:
     clock = outside.clock("collector")
     await outside.broker_is_up()
     producer = outside.producer(clock)
-    resume = await asyncio.to_thread(last_positions, outside.broker)
+    resume = await asyncio.to_thread(last_positions, outside.broker, outside.store)
     host, port = EXCHANGE_PLACE
     venue = replace(venue_of(EXCHANGE, rest_url=f"http://{host}:{port}", ws_url=f"ws://{host}:{port}"), page_rows=outside.tuning.page_rows)
     async with httpx.AsyncClient(timeout=10.0, trust_env=False, verify=False) as http:

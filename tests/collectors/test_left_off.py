@@ -1,0 +1,123 @@
+"""What a collector goes on with after a restart, from what it published before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from collectors.coverage import OpenGap
+from collectors.left_off import LeftOff, without
+from collectors.wire import TRADE_DTYPES
+from schemas.codec import FrameCodec
+from schemas.frames import GAP_COMPLETE, GAP_FILLED, GAP_OPEN, GAP_UNFILLABLE, HISTORY, Frame
+
+T = 1_700_000_000_000_000
+BTC, ETH = "binance:BTC-USDT", "binance:ETH-USDT"
+
+
+def trades(rows: list[tuple[str, int]], *, watermark: int = T, flags: int = 0, source: str = "binance/ws/0", at: int = 0) -> Frame:
+    """A frame of (key, id); times follow ids."""
+    keys = tuple(dict.fromkeys(key for key, _ in rows))
+    columns: dict[str, Any] = {name: np.zeros(len(rows), dtype) for name, dtype in TRADE_DTYPES.items()}
+    columns["symbol_code"][:] = [keys.index(key) for key, _ in rows]
+    columns["trade_id"][:] = [trade_id for _, trade_id in rows]
+    columns["exchange_time_us"][:] = [(at or T) + trade_id for _, trade_id in rows]
+    return Frame(source=source, watermark_us=watermark, symbols=keys, columns=columns if rows else {}, flags=flags)
+
+
+def gaps(key: str, *rows: tuple[int, int, int, int, int, int, int]) -> Frame:
+    """A frame of the ledger: (gap id, state, first, last, start, end, evidence)."""
+    columns: dict[str, Any] = {name: np.zeros(len(rows), dtype) for name, dtype in FrameCodec("gaps", 1).dtypes.items()}
+    names = ("gap_id", "state", "first_missing_id", "last_missing_id", "start_time_us", "end_time_us", "evidence")
+    for place, name in enumerate(names):
+        columns[name][:] = [row[place] for row in rows]
+    return Frame(source="binance/ws/0", watermark_us=0, symbols=(key,), columns=columns)
+
+
+def test_the_newest_trade_and_what_the_feed_promised() -> None:
+    """Of each symbol; another collector's frames and rows of the past say nothing about the live feed."""
+    made = LeftOff("binance", 1)
+    made.trades(0, trades([(BTC, 7), (ETH, 70), (BTC, 8)], watermark=T + 5))
+    made.trades(0, trades([], watermark=T + 900))
+    made.trades(0, trades([(BTC, 2)], flags=HISTORY, watermark=0, source="binance/ws/0/fill"))
+    made.trades(0, trades([(BTC, 99)], source="binance-usdm/ws/0"))
+    found = made.resumes()
+    assert (found[BTC].trade_id, found[BTC].exchange_time_us, found[BTC].watched_until_us) == (8, T + 8, T + 900)
+    assert found[ETH].trade_id == 70
+    assert found[BTC].gaps == ()
+
+
+def test_open_gaps_go_on_and_those_that_ended_do_not() -> None:
+    """The newest row of an id counts; a stretch without ids is the one nobody knows of."""
+    made = LeftOff("binance", 1)
+    made.trades(0, trades([(BTC, 100)]))
+    made.gaps(gaps(BTC, (1, GAP_OPEN, 10, 19, T, T + 9, 1), (2, GAP_OPEN, 30, 39, T, T + 9, 5), (3, GAP_OPEN, -1, -1, T + 50, -1, 4)))
+    made.gaps(gaps(BTC, (1, GAP_OPEN, 15, 19, T, T + 9, 1), (2, GAP_FILLED, 30, 39, T, T + 9, 5)))
+    resume = made.resumes()[BTC]
+    assert resume.gaps == (OpenGap(1, 15, 19, T, T + 9, 1),)
+    assert (resume.lost_id, resume.lost_since_us) == (3, T + 50)
+
+
+def test_the_interval_that_reaches_furthest_goes_on() -> None:
+    """Under its own id; settled stretches are no intervals."""
+    made = LeftOff("binance", 1)
+    made.trades(0, trades([(BTC, 100)]))
+    made.gaps(gaps(BTC, (1, GAP_COMPLETE, -1, -1, T - 90, T - 50, 0), (2, GAP_COMPLETE, -1, -1, T - 50, T, 0)))
+    made.gaps(gaps(BTC, (2, GAP_COMPLETE, -1, -1, T - 50, T + 60, 0), (3, GAP_COMPLETE, -1, -1, T + 60, T + 70, 5)))
+    resume = made.resumes()[BTC]
+    assert (resume.interval_id, resume.interval_since_us) == (2, T - 50)
+
+
+def test_a_hole_that_nobody_had_time_to_tell_of_is_open() -> None:
+    """Rows after the gap are published, its row of the ledger is not."""
+    made = LeftOff("binance", 1)
+    made.trades(0, trades([(BTC, 1), (BTC, 2), (BTC, 6)]))
+    made.trades(0, trades([(BTC, 4)]))
+    made.trades(0, trades([(BTC, 12)]))
+    made.gaps(gaps(BTC, (9, GAP_UNFILLABLE, 7, 9, T, T, 1)))
+    assert made.resumes()[BTC].gaps == (
+        OpenGap(-1, 3, 3, T + 2, T + 6, 0),
+        OpenGap(-1, 5, 5, T + 2, T + 6, 0),
+        OpenGap(-1, 10, 11, T + 6, T + 12, 0),
+    )
+
+
+def test_on_venues_that_skip_ids_a_hole_is_none() -> None:
+    """Nothing is said about what lies between."""
+    made = LeftOff("binance", 1, consecutive=False)
+    made.trades(0, trades([(BTC, 1), (BTC, 6)]))
+    assert made.resumes()[BTC].gaps == ()
+
+
+def test_ids_that_started_anew_are_the_newest() -> None:
+    """The old numbering is no more."""
+    made = LeftOff("binance", 1)
+    made.trades(0, trades([(BTC, 5_000)]))
+    made.trades(0, trades([(BTC, 1), (BTC, 2)], at=T + 3_000_000))
+    resume = made.resumes()[BTC]
+    assert (resume.trade_id, resume.gaps) == (2, ())
+
+
+def test_symbols_that_no_frame_tells_of_come_from_the_store() -> None:
+    """The store counts for them only; what is too old starts anew, but its gaps go on."""
+    made = LeftOff("binance", 1)
+    made.trades(0, trades([(BTC, 100)]))
+    made.gaps(gaps(ETH, (1, GAP_OPEN, 10, 19, T, T + 9, 1), (2, GAP_OPEN, -1, -1, T, T + 9, 5)))
+    made.stored(BTC, 999, T)
+    made.stored(ETH, 50, T - 77)
+    assert made.resumes()[BTC].trade_id == 100
+    assert made.resumes()[ETH].trade_id == 50
+    old = made.resumes(oldest_us=T)[ETH]
+    assert (old.trade_id, [gap.gap_id for gap in old.gaps], [gap.gap_id for gap in old.strays]) == (-1, [1], [2])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 30), st.integers(0, 30), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=6))
+def test_what_is_left_of_an_interval(first: int, last: int, told: list[tuple[int, int]]) -> None:
+    """Element by element."""
+    pairs = sorted((min(pair), max(pair)) for pair in told)
+    left = {number for low, high in without(first, last, pairs) for number in range(low, high + 1)}
+    assert left == {number for number in range(first, last + 1) if not any(low <= number <= high for low, high in pairs)}
