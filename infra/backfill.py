@@ -301,7 +301,7 @@ class _Run:
 
     async def _asked(self, ask: Callable[[], Awaitable[_T]]) -> _T:
         """The venue's answer, waiting as long as it asks for within reason. Raises UnreachableError, SettingsError."""
-        waited_s = 0.0
+        waited_s, why = 0.0, ""
         while True:
             try:
                 return await ask()
@@ -310,8 +310,9 @@ class _Run:
             except (RateLimitedError, BannedError, UnavailableError, BreakerOpenError) as exc:
                 wait_s = min(max(float(getattr(exc, "retry_after_s", 0.0)), 1.0), _PATIENCE_S)
                 waited_s += wait_s
+                why = why if why and isinstance(exc, BreakerOpenError) else str(exc)  # not that we ask less often, but why
                 if waited_s > _PATIENCE_S:
-                    raise UnreachableError(f"{exc} The next run goes on where this one ends.") from exc
+                    raise UnreachableError(f"{why.rstrip('.')}. The next run goes on where this one ends.") from exc
                 self._tell("fetching", 0, 0, waits_s=wait_s)
                 await self._clock.sleep(wait_s)
             except VenueError as exc:

@@ -28,6 +28,7 @@ from infra.repair_jobs import Job, RepairJobs
 from infra.repair_triggers import Triggers
 from infra.seam import SystemClock
 from infra.settings import Settings, load_settings
+from infra.watchdog import Monitor, Waiting
 from schemas.frames import Frame
 from schemas.partitions import partition_of
 from schemas.seam import Clock
@@ -82,6 +83,8 @@ class RepairProcess:
         self._client: Any = None
         self._producer: FrameProducer | None = None
         self._twin: Any = None
+        self._done = 0
+        self._due = 0
 
     def stop(self) -> None:
         """End after what is in hand."""
@@ -91,6 +94,18 @@ class RepairProcess:
     def reasons(self) -> dict[str, str]:
         """Why it is not ready."""
         return dict(self._trouble)
+
+    # infra.watchdog.Work
+
+    verb = "compared"
+
+    def done(self) -> int:
+        """See Work.done: looks at jobs and pieces of them."""
+        return self._done
+
+    def waiting(self) -> Waiting:
+        """See Work.waiting: jobs that are due."""
+        return Waiting(count=self._due, blocked=dict(self._trouble))
 
     async def run(self) -> None:
         """Work until :meth:`stop`."""
@@ -150,6 +165,8 @@ class RepairProcess:
         while not self._stopped.is_set():
             now_us = self._clock.now_us()
             due = await jobs.due(now_us)
+            self._due = len(due)
+            self._done += 1
             counts = await jobs.count()
             PENDING.set(counts.get("pending", 0) + counts.get("running", 0))
             if due:
@@ -196,9 +213,10 @@ class RepairProcess:
         plan = await asyncio.to_thread(run.plan, due)
         checked, revised, waits_us = 0, 0, None
         for piece in await asyncio.to_thread(lambda: list(run.pieces(plan))):
-            outcome: Outcome = await asyncio.to_thread(run.work, piece)
+            outcome: Outcome = await asyncio.to_thread(run.work, piece, patient=plan.moving)
             revised += await self._publish(key, partition, outcome)
             checked += outcome.checked
+            self._done += 1
             waits_us = outcome.waits_us
             done_us = piece.done_us if waits_us is None else waits_us - 1
             for job in due:
@@ -325,7 +343,8 @@ async def repair(settings: Settings) -> None:
     """Run the repair until SIGTERM or SIGINT. Raises MarketstreamError."""
     with RegistryClient.from_settings(settings) as registry:
         process = RepairProcess(settings, registry, SystemClock())
-        health = HealthServer(settings.repair.health_port, process.reasons).start()
+        monitor = Monitor(process, settings.watchdog.stuck_s, SystemClock())
+        health = HealthServer(settings.repair.health_port, process.reasons, monitor=monitor).start()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, process.stop)

@@ -131,8 +131,8 @@ class SymbolRun:
                 start_us, end_us = min(first for first, _ in edges), max(last for _, last in edges)
                 yield Piece(spans=spans, start_us=start_us, end_us=end_us, done_us=min(high, plan.limit_us))
 
-    def work(self, piece: Piece) -> Outcome:
-        """Compare the bars of one piece."""
+    def work(self, piece: Piece, *, patient: bool) -> Outcome:
+        """Compare the bars of one piece. ``patient``: young bars that nobody vouches for yet wait (a live symbol's ledger grows)."""
         reader = self._reader
         seed, after = reader.before(piece.start_us), reader.after(piece.end_us)
         held_ids, held_us = reader.held_back(piece.start_us, piece.end_us)
@@ -148,7 +148,7 @@ class SymbolRun:
             found = reconcile(stored, mine, spans, evidence)
             parts.append(found.rows)
             checked += found.checked
-            waiting.append(found.undecided[found.undecided > self._now_us - _VOUCHER_US])
+            waiting.append(found.undecided[found.undecided > self._now_us - (_VOUCHER_US if patient else 0)])
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         undecided = np.concatenate(waiting)
         waits_us = int(undecided.min()) if len(undecided) else None

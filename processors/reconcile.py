@@ -90,8 +90,8 @@ def rebuild(pages: Iterable[Mapping[str, Array]], timeframes: tuple[str, ...], e
     engine = door.BarEngine(config)
     symbols = ("repair:bars",)
     made: list[Columns] = []
-    for columns in _batches(pages):
-        watermark_us = min(int(columns["exchange_time_us"][-1]), end_us)
+    for columns in _batches(pages, end_us):
+        watermark_us = int(columns["exchange_time_us"][-1])
         made.append(engine.process(door.TradeBatch(source="repair", watermark_us=watermark_us, symbols=symbols, columns=columns)).bars)
     made.append(engine.process(door.TradeBatch(source="repair", watermark_us=end_us, symbols=symbols)).bars)
     joined = {name: np.concatenate([part[name] for part in made]) for name in door.BAR_COLUMNS}
@@ -99,9 +99,9 @@ def rebuild(pages: Iterable[Mapping[str, Array]], timeframes: tuple[str, ...], e
     return {name: column[final] for name, column in joined.items()}
 
 
-def _batches(pages: Iterable[Mapping[str, Array]]) -> Iterator[Columns]:
+def _batches(pages: Iterable[Mapping[str, Array]], end_us: int) -> Iterator[Columns]:
     for page in pages:
-        count = len(page["trade_id"])
+        count = int(np.searchsorted(page["exchange_time_us"], end_us))  # later trades are of bars that are not asked for
         for start in range(0, count, _BATCH_ROWS):
             cut = slice(start, min(start + _BATCH_ROWS, count))
             codes = np.zeros(cut.stop - cut.start, np.int32)

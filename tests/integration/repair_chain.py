@@ -90,6 +90,18 @@ class Chain:
         await self.until_stored()
         return found
 
+    async def until_reconciled(self, symbol: str, count: int, seconds: float = 40.0) -> list[Job]:
+        """As :meth:`until_done`, but bars that reach beyond the jobs' ranges may still be open."""
+        until = time.monotonic() + seconds
+        while True:
+            found = await self.jobs(symbol)
+            if len(found) >= count and all(job.state == "done" or job.until_us >= job.end_us for job in found):
+                break
+            assert time.monotonic() < until, found
+            await asyncio.sleep(0.2)
+        await self.until_stored()
+        return found
+
     async def until_stored(self) -> None:
         """Return when the sink has stored all there is."""
         names = ("trades", "bars", "gaps")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,4 +78,71 @@ async def test_a_hole_marks_its_bars_and_its_filling_makes_them_whole_again(chai
     )
     then = marked.filter(pl.col.timeframe_s == 1)
     assert_frame_equal(pl.read_parquet(path), then.select(pl.read_parquet(path).columns), check_exact=True)
+    feed.close()
+
+
+DIES_AFTER_PUBLISHING = """
+import os, signal
+from infra import repair
+
+publish = repair.RepairProcess._publish
+
+async def dying(*arguments):
+    count = await publish(*arguments)
+    if count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return count
+
+repair.RepairProcess._publish = dying
+repair.main()
+"""
+
+
+async def test_killed_between_publishing_and_done_it_publishes_nothing_twice(chain: Chain) -> None:
+    """The next process finds what was published stored, compares, and has nothing left to do."""
+    trades = market(120, seed=2)
+    lost = (trades["exchange_time_us"] >= START_US + 20 * SECOND) & (trades["exchange_time_us"] < START_US + 25 * SECOND)
+    feed = Feed(chain, "KILL-USDT")
+    chain.stop("repair")
+    await feed.send(trades.filter(~lost), flags=END_OF_SOURCE)
+    await feed.send(trades.filter(lost), source="binance/ws/0/fill", flags=HISTORY)
+    await feed.gap(1, START_US + 20 * SECOND, START_US + 25 * SECOND, GAP_FILLED)
+    environ = chain.settings.as_environ() | {"PATH": "/usr/bin:/bin"}
+    dying = subprocess.Popen([sys.executable, "-c", DIES_AFTER_PUBLISHING], env=environ)
+    assert await asyncio.to_thread(dying.wait, 60) == -signal.SIGKILL
+    (job,) = await chain.jobs("KILL-USDT")
+    assert job.state == "running"
+    chain.start("repair")
+    (job,) = await chain.until_done("KILL-USDT", 1, seconds=60)
+    bars = chain.bars("KILL-USDT")
+    newest = chain.newest("KILL-USDT")
+    truth = no_fault(trades, int(newest["close_time_us"].max()))
+    assert_frame_equal(values(newest), values(truth.join(newest.select(KEYS), on=KEYS, how="semi")), check_exact=True)
+    repaired = bars.filter(pl.col.input_offset == -1)
+    assert repaired.group_by([*KEYS, "revision"]).len()["len"].max() == 1
+    changed = repaired.group_by(KEYS).len().filter(pl.col.timeframe_s == 1)
+    assert set(changed["len"]) == {1}
+    assert set(repaired.filter(pl.col.timeframe_s == 1)["revision"]) == {1}
+    feed.close()
+
+
+async def test_a_trade_too_late_for_the_worker_is_in_its_bar_in_the_end(chain: Chain) -> None:
+    """It is dead-lettered and stored; the letter asks for the repair, the flat bars after it get its price."""
+    trades = market(120, seed=3)
+    silent_us = START_US + 17 * SECOND  # the market has no trade for three seconds from here
+    late = trades.filter((pl.col.exchange_time_us < silent_us) & (pl.col.exchange_time_us >= silent_us - 2 * SECOND)).tail(1)
+    feed = Feed(chain, "LATE-USDT")
+    await feed.send(trades.filter(pl.col.trade_id != late["trade_id"][0]))
+    await feed.send(late)
+    found = await chain.until_reconciled("LATE-USDT", 1)
+    assert [job.reason for job in found] == ["too_late"]
+    newest = chain.newest("LATE-USDT").filter(pl.col.close_time_us <= START_US + 60 * SECOND)
+    assert_frame_equal(values(newest), values(no_fault(trades, START_US + 60 * SECOND)), check_exact=True)
+    revised = newest.filter((pl.col.timeframe_s == 1) & (pl.col.revision > 0))
+    assert revised["open_time_us"].to_list() == [
+        late["exchange_time_us"][0] // SECOND * SECOND,
+        silent_us,
+        silent_us + SECOND,
+        silent_us + 2 * SECOND,
+    ]
     feed.close()
