@@ -12,7 +12,8 @@ from infra.cli.context import settings_of
 from infra.cli.output import Output
 from infra.cli.progress import Progress
 from infra.errors import SettingsError
-from schemas.timeframes import format_time_us, parse_time_us
+from infra.settings import Settings
+from schemas.timeframes import format_time_us, parse_time_us, timeframe_seconds
 
 
 def replay(output: Output, *, data_dir: Path | None, file: Path, exchange: str, symbol: str, file_format: str, speed: str) -> None:
@@ -64,6 +65,7 @@ def export(
     start: str | None,
     end: str | None,
     known_at: str | None,
+    session: str | None,
     file_format: str,
     file: Path,
 ) -> None:
@@ -72,6 +74,10 @@ def export(
 
     settings = settings_of(data_dir)
     start_us, end_us, known_at_us = _time("--start", start), _time("--end", end), _time("--known-at", known_at)
+    if session is not None:
+        if known_at_us is not None:
+            raise SettingsError("--known-at is given beside --session, which says itself what was known: leave one of them out.")
+        end_us, known_at_us = _bounds(settings, session, what, timeframe, start_us, end_us)
     started = time.monotonic()
     with Progress(output, file.name) as progress:
 
@@ -95,6 +101,20 @@ def export(
         output.emit(asdict(summary))
     else:
         output.line(f"{summary.path}: {summary.rows:,} {what}, {summary.size_bytes:,} bytes")
+
+
+def _bounds(settings: Settings, name: str, what: str, timeframe: str | None, start_us: int | None, end_us: int | None) -> tuple[int, int]:
+    """(end of the range, time until which rows were known) of what a session sees now."""
+    from api.live.series import SeriesKey
+    from infra.seam import SystemClock
+    from infra.sessions import find_session
+
+    session = asyncio.run(find_session(settings, name))
+    now_us = session.now_us(SystemClock().now_us())
+    seen_us = session.end_us(SeriesKey(what, "", "", timeframe_seconds(timeframe) if timeframe else 0), now_us)
+    if start_us is not None and start_us >= seen_us:
+        raise SettingsError(f"--start lies after the virtual now of session {name}, which is {format_time_us(now_us)}: move it.")
+    return (seen_us if end_us is None else min(end_us, seen_us)), session.known_at_us(now_us)
 
 
 def _time(name: str, text: str | None) -> int | None:

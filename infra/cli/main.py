@@ -70,6 +70,7 @@ Symbol = Annotated[str, typer.Option("--symbol", help="Canonical symbol, e.g. BT
 Start = Annotated[str | None, typer.Option("--start", help="From this time on: ISO 8601 or epoch number.")]
 End = Annotated[str | None, typer.Option("--end", help="Up to but without this time.")]
 KnownAt = Annotated[str | None, typer.Option("--known-at", help="What was known at this time: without later trades and revisions.")]
+SessionId = Annotated[str | None, typer.Option("--session", help="What a session of the time machine sees at its virtual now.")]
 Format = Annotated[FileFormat, typer.Option("--format", help="Format of the file.")]
 OutFile = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
 
@@ -142,11 +143,19 @@ def tail(
     where: Annotated[str | None, typer.Option(help="Rows to show, e.g. 'symbol=BTC-USDT and price>60000'.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after that many rows.")] = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on with new rows, or stop at the end.")] = True,
+    session: Annotated[
+        str | None, typer.Option("--session", help="Show trades or bars as a session of the time machine sees them.")
+    ] = None,
     data_dir: DataDir = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show the rows of a topic as they come; one JSON object a row with --json."""
+    if session is not None:
+        from infra.cli.session_tail import tail as run_session
+
+        run_session(Output(as_json=as_json), data_dir=data_dir, topic=topic, session=session, where=where, limit=limit, follow=follow)
+        return
     from infra.cli.tail import tail as run
 
     run(Output(as_json=as_json), data_dir=data_dir, topic=topic, begin=begin, where=where, limit=limit, follow=follow)
@@ -215,6 +224,7 @@ def export_bars(
     start: Start = None,
     end: End = None,
     known_at: KnownAt = None,
+    session: SessionId = None,
     file_format: Format = FileFormat.csv,
     data_dir: DataDir = None,
     as_json: Json = False,
@@ -233,6 +243,7 @@ def export_bars(
         start=start,
         end=end,
         known_at=known_at,
+        session=session,
         file_format=file_format.value,
         file=output,
     )
@@ -246,6 +257,7 @@ def export_trades(
     start: Start = None,
     end: End = None,
     known_at: KnownAt = None,
+    session: SessionId = None,
     file_format: Format = FileFormat.csv,
     data_dir: DataDir = None,
     as_json: Json = False,
@@ -264,6 +276,7 @@ def export_trades(
         start=start,
         end=end,
         known_at=known_at,
+        session=session,
         file_format=file_format.value,
         file=output,
     )

@@ -58,7 +58,7 @@ def tail(output: Output, *, data_dir: Path | None, topic: str, begin: str, where
     start = parse_begin(begin)
     settings = settings_of(data_dir)
     count = 0
-    shell = _Printer(output, columns)
+    shell = Printer(output, columns)
     for row in _rows(output, settings, entry, start, follow, SystemClock()):
         if test is not None and not test(row):
             continue
@@ -125,7 +125,7 @@ def _places(consumer: Consumer, settings: Settings, entry: Topic, begin: Begin, 
     return places
 
 
-class _Printer:
+class Printer:
     """Prints rows as JSON lines or as text columns whose widths only grow."""
 
     def __init__(self, output: Output, columns: dict[str, Kind]) -> None:
@@ -134,6 +134,7 @@ class _Printer:
         self._widths: dict[str, int] = {}
 
     def show(self, row: Row) -> None:
+        """Print one row."""
         if self._output.as_json:
             self._output.emit(row)
             return
@@ -151,6 +152,7 @@ class _Printer:
         return cell.rjust(width) if self._columns[name] == "number" else cell.ljust(width)
 
     def end(self, count: int) -> None:
+        """Say so where nothing was printed."""
         if not self._output.as_json and count == 0:
             print("no rows", file=sys.stderr)
 
