@@ -19,6 +19,7 @@ from api.live.hub import Hub
 from api.metrics import Metrics, tail_metrics
 from api.openapi import document
 from api.quality import Quality
+from api.routes.coverage import CoverageRoute
 from api.routes.deadletters import DeadLetterRoutes
 from api.routes.history import HistoryRoute
 from api.routes.quality import QualityRoute
@@ -76,6 +77,8 @@ class Api:
         self._route("/api/v1/deadletters", "deadletters", letters.listed, cached=True)
         self._route("/api/v1/deadletters/{id}", "deadletter", letters.one)
         self._route("/api/v1/quality/{symbol}", "quality", QualityRoute(Quality(self.deps.history), self.catalogue), cached=True)
+        coverage = CoverageRoute(self.deps.coverage, self.catalogue, self.deps.clock)
+        self._route("/api/v1/coverage", "coverage", coverage, cached=True)
         for channel in ("bars", "trades"):
             places = (self.hub.epoch, self.hub.partition)
             handler = HistoryRoute(channel, self.history, self.catalogue, *places, self.sessions, self.deps.limits)

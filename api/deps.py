@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from api.coverage import CoverageReader, NoCoverage
 from api.sessions import NoSessions, SessionStore
 from schemas.frames import Frame
 from schemas.seam import Clock
@@ -169,6 +170,7 @@ class Deps:
     sessions: SessionStore = field(default_factory=NoSessions)
     limits: ApiLimits = field(default_factory=ApiLimits)
     stream: StreamLimits = field(default_factory=StreamLimits)
+    coverage: CoverageReader = field(default_factory=NoCoverage)
     letters: LetterStates | None = None
     """PostgreSQL's decisions on dead letters; None: every letter is open."""
     version: str = "0.1.0"

@@ -20,6 +20,7 @@ CODES: Final[dict[str, tuple[int, str]]] = {
     "unknown_exchange": (404, "Unknown exchange"),
     "unknown_symbol": (404, "Unknown symbol"),
     "unknown_timeframe": (422, "Unknown timeframe"),
+    "unknown_channel": (422, "Unknown channel"),
     "unknown_format": (406, "Format not available"),
     "unknown_parameter": (422, "Unknown parameter"),
     "missing_parameter": (422, "Missing parameter"),

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
+from api.coverage import CHANNELS
 from api.deps import ApiLimits
 from api.errors import CODES, PROBLEM_TYPE
 from api.params import DEFAULT_TIMEFRAME, MEDIA_TYPES
@@ -109,6 +110,35 @@ def document(version: str) -> bytes:
             {"200": _response("Feeds with scores, anomalies and bands; suspects.", {"application/json": {"schema": {"type": "object"}}})}
             | _errors(
                 problem, ("unknown_exchange", "unknown_symbol", "unknown_parameter", "invalid_limit", "invalid_time", "invalid_range")
+            ),
+        ),
+        "/api/v1/coverage": _get(
+            "coverage",
+            "What of each feed was collected over a time, and what is missing",
+            [
+                _query("exchange", "Only this exchange.", {"type": "string"}),
+                _query("symbol", "Only this symbol of the exchange.", {"type": "string"}),
+                _query("channel", "What was collected.", {"type": "string", "enum": list(CHANNELS), "default": "trades"}),
+                _query("start", f"First time, inclusive: {_TIME}. By default 24 hours before the end.", {"type": "string"}),
+                _query("end", "Last time, exclusive, written alike. By default now.", {"type": "string"}),
+            ],
+            {
+                "200": _response(
+                    "Per feed: intervals complete, filled, open, unfillable or unknown with their evidence, shares, and gaps.",
+                    {"application/json": {"schema": {"type": "object"}}},
+                )
+            }
+            | _errors(
+                problem,
+                (
+                    "unknown_exchange",
+                    "unknown_symbol",
+                    "unknown_channel",
+                    "unknown_parameter",
+                    "missing_parameter",
+                    "invalid_time",
+                    "invalid_range",
+                ),
             ),
         ),
         "/livez": _get(

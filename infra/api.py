@@ -23,6 +23,7 @@ from api.deps import Deps
 from api.stream import RAW_WRITER
 from infra.api_frames import KafkaFrames
 from infra.api_stores import ClickHouseHistory, PostgresLetters, PostgresSymbols
+from infra.coverage import LedgerReader
 from infra.errors import MarketstreamError, PortInUseError
 from infra.logs import setup_logging
 from infra.seam import SystemClock
@@ -151,6 +152,7 @@ async def build(settings: Settings) -> Api:
             symbols=symbols,
             frames=frames,
             sessions=PostgresSessions(symbols, settings.kafka.topic_prefix),
+            coverage=LedgerReader(history),
             letters=PostgresLetters(symbols, settings.kafka.topic_prefix),
             clock=clock,
             partitions=settings.kafka.partitions,
