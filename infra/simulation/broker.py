@@ -271,6 +271,7 @@ class SimProducer:
         self._sequence: dict[Place, int] = {}
         self._queues: dict[Place, deque[Record]] = {}
         self._in_flight: dict[Place, Request] = {}
+        self._leaving: set[Place] = set()
         self._sent: dict[Place, int] = {}
         self._acked: dict[Place, int] = {}
         self._waiters: list[asyncio.Future[None]] = []
@@ -328,12 +329,16 @@ class SimProducer:
         if queue is None:
             queue = self._queues[place] = deque()
         queue.append(Record(key, value, self._now_us() // 1000 * 1000, self._id, sequence))
-        if place not in self._in_flight:
-            self._submit(place)
+        if place not in self._in_flight and place not in self._leaving:
+            # librdkafka sends from a thread of its own: what is queued dies with the process
+            self._leaving.add(place)
+            loop = self.broker.loop
+            loop.call_at_us(loop.now_us + self.broker.random.randrange(1_000), self._submit, place, context=self.context)
 
     def _submit(self, place: Place) -> None:
+        self._leaving.discard(place)
         queue = self._queues[place]
-        if not queue:
+        if not queue or place in self._in_flight:
             return
         records = [queue.popleft() for _ in range(min(len(queue), MAX_BATCH))]
         request = self._in_flight[place] = Request(self, place, records)

@@ -6,7 +6,8 @@ planted bug are the same invariants that find a real one.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
@@ -25,12 +26,12 @@ from api.live.series import Series
 from api.live.tail import Tail
 from collectors.batcher import Batcher
 from collectors.binance.collector import BinanceCollector
-from collectors.binance.rest import BinanceRest
 from collectors.dedupe import Sequencer
-from collectors.pipeline import Pipeline
+from collectors.filler import GapFiller
 from collectors.watermark import Watermark
 from infra.simulation import components
 from infra.simulation.components import SinkProcess
+from infra.simulation.loop import PROCESS, VirtualLoop
 from infra.simulation.store import SimStore
 from processors.bars import BarEngine
 from processors.unseen import unseen_mask
@@ -107,10 +108,10 @@ def _gap_last() -> Iterator[None]:
 
 @_bug("gap-closed-without-fetching", "A gap is reported filled although nothing was asked for.")
 def _gap_closed() -> Iterator[None]:
-    async def wrong(self: BinanceCollector, *_: Any, **__: Any) -> bool:
-        return True
+    async def wrong(self: GapFiller, job: Any) -> None:
+        self._finish(job, complete=True)
 
-    with _swapped(BinanceCollector, "_fetch", wrong):
+    with _swapped(GapFiller, "_step", wrong):
         yield
 
 
@@ -158,14 +159,17 @@ def _watermark_early() -> Iterator[None]:
         yield
 
 
-@_bug("clock-skew", "Receive times count from another epoch: the wall clock of one call is off by an hour.")
+@_bug("clock-skew", "The watermark is taken from the machine's wall clock instead of the venue's times.")
 def _clock_skew() -> Iterator[None]:
-    right = Pipeline.receive
+    right = Watermark.read
 
-    def wrong(self: Pipeline, messages: list[bytes], receive_time_us: int) -> None:
-        right(self, messages, receive_time_us + 3_600_000_000 * 48)
+    def wrong(self: Watermark, mono_us: int) -> int | None:
+        value, process, loop = right(self, mono_us), PROCESS.get(), asyncio.get_running_loop()
+        if value is None or process is None or not isinstance(loop, VirtualLoop):
+            return value
+        return max(value, loop.now_us + process.skew_us - 500_000)
 
-    with _swapped(Pipeline, "receive", wrong):
+    with _swapped(Watermark, "read", wrong):
         yield
 
 
@@ -188,7 +192,7 @@ def _no_hold() -> Iterator[None]:
 
 @_bug("resume-forgotten", "A collector that starts again begins with the next trade: what was traded meanwhile is nobody's.")
 def _resume_forgotten() -> Iterator[None]:
-    def wrong(broker: Any) -> dict[str, Any]:
+    def wrong(broker: Any, store: Any) -> dict[str, Any]:
         return {}
 
     with _swapped(components, "last_positions", wrong):
@@ -206,39 +210,27 @@ def _resume_off_by_one() -> Iterator[None]:
         yield
 
 
-@_bug("page-skips-a-trade", "The next REST page begins two ids after the last one instead of one.")
-def _page_skips() -> Iterator[None]:
-    right = BinanceRest.trades
+@_bug("page-off-by-one", "A page of a gap is asked for from one id further on: its first trade never comes.")
+def _page_off() -> Iterator[None]:
+    right = BinanceCollector._page
 
-    async def wrong(self: BinanceRest, raw: str, first_id: int, last_id: int, *, max_rows: int) -> AsyncIterator[dict[str, Any]]:
-        position = first_id
-        while position <= last_id:
-            newest = -1
-            async for page in right(self, raw, position, min(last_id, position + self.venue.page_rows - 1), max_rows=max_rows):
-                newest = int(page["trade_id"][-1])
-                yield page
-            if newest < 0:
-                return
-            position = newest + 2
+    async def wrong(self: BinanceCollector, key: str, from_id: int, *, background: bool) -> Any:
+        return await right(self, key, from_id + 1, background=background)
 
-    with _swapped(BinanceRest, "trades", wrong):
+    with _swapped(BinanceCollector, "_page", wrong):
         yield
 
 
 @_bug("first-page-only", "Only the first REST page of a gap is fetched, and the gap is reported filled.")
 def _first_page() -> Iterator[None]:
-    right_trades, right_fetch = BinanceRest.trades, BinanceCollector._fetch
+    right = GapFiller._page
 
-    async def wrong(self: BinanceRest, *args: Any, **kwargs: Any) -> AsyncIterator[dict[str, Any]]:
-        async for page in right_trades(self, *args, **kwargs):
-            yield page
-            return
+    async def wrong(self: GapFiller, job: Any, from_id: int) -> bool:
+        await right(self, job, from_id)
+        self._finish(job, complete=True)
+        return False
 
-    async def content(self: BinanceCollector, *args: Any, **kwargs: Any) -> bool:
-        await right_fetch(self, *args, **kwargs)
-        return True
-
-    with _swapped(BinanceRest, "trades", wrong), _swapped(BinanceCollector, "_fetch", content):
+    with _swapped(GapFiller, "_page", wrong):
         yield
 
 
@@ -258,11 +250,12 @@ def _acks_one() -> Iterator[None]:
 
 
 @contextmanager
-def _producer_setting(settings: Mapping[str, Any]) -> Iterator[None]:
+def _producer_setting(settings: dict[str, Any]) -> Iterator[None]:
     right = components.__dict__["producer_config"]
 
     def wrong(*args: Any, **overrides: Any) -> dict[str, Any]:
-        return right(*args, **overrides) | dict(settings)
+        found: dict[str, Any] = right(*args, **overrides)
+        return found | settings
 
     with _swapped(components, "producer_config", wrong):
         yield
@@ -372,26 +365,34 @@ def _restored(spoil: Callable[[BarShard], None]) -> Iterator[None]:
         yield
 
 
-@_bug("late-trade-dropped", "A trade older than the watermark is dropped instead of revising its bar.")
-def _late_dropped() -> Iterator[None]:
+@contextmanager
+def _engine(wrong: Callable[..., Any]) -> Iterator[None]:
+    """The worker's engine processes a frame as ``wrong(engine, frame, right)``; the oracle's, outside of every process, as it should."""
     right = BarEngine.process
 
-    def wrong(self: BarEngine, frame: Any) -> Any:
+    def process(self: BarEngine, frame: Any) -> Any:
+        return right(self, frame) if PROCESS.get() is None else wrong(self, frame, right)
+
+    with _swapped(BarEngine, "process", process):
+        yield
+
+
+@_bug("late-trade-dropped", "A trade older than the watermark is dropped instead of revising its bar.")
+def _late_dropped() -> Iterator[None]:
+    def wrong(self: BarEngine, frame: Any, right: Any) -> Any:
         columns = frame.columns
         if columns and len(columns["symbol_code"]):
             on_time = columns["exchange_time_us"] >= self.watermark_us
             frame = replace(frame, columns={name: column[on_time] for name, column in columns.items()})
         return right(self, frame)
 
-    with _swapped(BarEngine, "process", wrong):
+    with _engine(wrong):
         yield
 
 
 @_bug("sum-order", "Volumes are added up in the order of arrival in single steps, so that they depend on it in the last bit.")
 def _sum_order() -> Iterator[None]:
-    right = BarEngine.process
-
-    def wrong(self: BarEngine, frame: Any) -> Any:
+    def wrong(self: BarEngine, frame: Any, right: Any) -> Any:
         found = right(self, frame)
         late = found.bars["revision"] > 0
         if late.any() or found.late:
@@ -400,33 +401,29 @@ def _sum_order() -> Iterator[None]:
             found.bars["volume"] = volume
         return found
 
-    with _swapped(BarEngine, "process", wrong):
+    with _engine(wrong):
         yield
 
 
 @_bug("revision-not-raised", "A revised bar is published under the revision it had.")
 def _revision() -> Iterator[None]:
-    right = BarEngine.process
-
-    def wrong(self: BarEngine, frame: Any) -> Any:
+    def wrong(self: BarEngine, frame: Any, right: Any) -> Any:
         found = right(self, frame)
         found.bars["revision"] = np.zeros_like(found.bars["revision"])
         return found
 
-    with _swapped(BarEngine, "process", wrong):
+    with _engine(wrong):
         yield
 
 
 @_bug("flat-bars-forgotten", "Seconds without a trade have no bar.")
 def _no_flat() -> Iterator[None]:
-    right = BarEngine.process
-
-    def wrong(self: BarEngine, frame: Any) -> Any:
+    def wrong(self: BarEngine, frame: Any, right: Any) -> Any:
         found = right(self, frame)
         traded = found.bars["trade_count"] > 0
         return replace(found, bars={name: column[traded] for name, column in found.bars.items()})
 
-    with _swapped(BarEngine, "process", wrong):
+    with _engine(wrong):
         yield
 
 

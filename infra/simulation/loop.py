@@ -52,6 +52,8 @@ class Process:
         self.name = name
         self.generation = generation
         self.alive = True
+        self.skew_us = 0
+        """How far its wall clock is off."""
         self.tasks: list[asyncio.Task[Any]] = []
         self.on_death: list[Callable[[], None]] = []
         """What the operating system does when the process is gone: its sockets are reset."""

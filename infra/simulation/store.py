@@ -101,6 +101,18 @@ class SimStore:
                 newest = max(newest, int(batch.columns["input_offset"][mine].max()))
         return newest
 
+    def newest_trades(self) -> list[tuple[str, int, int]]:
+        """(key, newest trade id, its time) of every instrument."""
+        found: dict[str, tuple[int, int]] = {}
+        for batch in self.batches.get("trades", ()):
+            codes, ids, times = (batch.columns[name] for name in ("symbol_code", "trade_id", "exchange_time_us"))
+            for code, key in enumerate(batch.keys):
+                mine = np.flatnonzero(codes == code)
+                if len(mine):
+                    place = mine[int(ids[mine].argmax())]
+                    found[key] = max(found.get(key, (-1, 0)), (int(ids[place]), int(times[place])))
+        return [(key, trade_id, time_us) for key, (trade_id, time_us) in found.items()]
+
     # -- for checks
 
     def column(self, table: str, key: str, name: str) -> npt.NDArray[Any]:

@@ -134,7 +134,7 @@ class World:
         tuning = scenario.tuning
         self.broker = SimBroker(self.loop, Random(f"{seed}/broker"), self.trace, tuning.partitions)
         self.store = SimStore(Random(f"{seed}/store"), self.trace, tuning.partitions)
-        self.outside = Outside(self.loop, self.broker, self.store, self.trace, tuning, seed, {"collector": scenario.skew_us})
+        self.outside = Outside(self.loop, self.broker, self.store, self.trace, tuning, seed)
         self.clock = SimClock(self.loop, f"{seed}/clock")
         self.exchange: SimulatedExchange
         self.subscriber: Subscriber
@@ -143,10 +143,14 @@ class World:
         self.kills: dict[str, int] = {}
         self.recovery_s: dict[str, list[float]] = {}
         self.exits: list[str] = []
+        self.kills_left = 0
+        """Kill points kept for the moment after another one."""
         self.unsettled: list[str] = []
         self.over = False
         self.end_us = 2**62
         """Trades before it must all be there; the market goes on, so that watermarks do."""
+        self.due: dict[tuple[str, int], int] = {}
+        """Records that everybody must have got at the end, per (topic, partition)."""
         self.progress = checks.Progress(self.broker)
         self._context = copy_context()
         self._recovering: dict[str, tuple[float, Callable[[], bool]]] = {}
@@ -208,9 +212,10 @@ class World:
         )
         await self.clock.sleep(1.0)
         for name, stage in stages:
+            self.due = {place: log.synced for place, log in self.broker.logs.items()}
             if not await self._until(stage(), _SETTLE_S):
                 self.unsettled.append(f"the {name} had not caught up {_SETTLE_S:g} s after the last trade")
-            await self.clock.sleep(2 * self.scenario.tuning.linger_ms / 1_000)  # what is done may still be on its way out
+            await self.clock.sleep(max(0.2, 2 * self.scenario.tuning.linger_ms / 1_000))  # what is done may still be on its way out
 
     def _close(self) -> None:
         for process in [*self.dead, *self.processes.values()]:
@@ -254,6 +259,7 @@ class World:
         before = self.processes.get(name)
         process = Process(name, before.generation + 1 if before else 0)
         process.kill = self.kill
+        process.skew_us = self.scenario.skew_us if name == "collector" else 0
         self.processes[name] = process
         self.trace.note("start", process)
         task = self.loop.spawn(process, _MAINS[name](self.outside))
@@ -294,6 +300,10 @@ class World:
     def _restart_broker(self) -> None:
         self.broker.restart()
         self._watch("broker")
+        if self.random.random() < 0.3 and not self.over and self.kills_left > 0:  # misfortunes come in pairs
+            self.kills_left -= 1
+            victim = self.random.choice([name for name in self.scenario.targets if name != "broker"] or ["broker"])
+            self.loop.call_later(self.random.uniform(0.0, 0.3), self._strike, victim, context=self._context)
 
     # -- misfortunes
 
@@ -301,7 +311,9 @@ class World:
         """Everything that goes wrong, at moments drawn in advance."""
         scenario, random = self.scenario, self.random
         plan: list[tuple[float, int, Callable[[], None]]] = []
-        for number in range(scenario.kills):
+        alone = scenario.kills - scenario.kills // 4
+        self.kills_left = scenario.kills - alone
+        for number in range(alone):
             target = random.choice(scenario.targets)
             plan.append((random.uniform(0.0, scenario.duration_s), number, lambda target=target: self._strike(target)))  # type: ignore[misc]
         if scenario.faults:
