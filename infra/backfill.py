@@ -26,11 +26,11 @@ from collectors.breaker import Breaker
 from collectors.errors import BannedError, BreakerOpenError, RateLimitedError, RefusedError, UnavailableError, VenueError
 from infra.backfill_ledger import Lacking, ledger_columns, ledger_rows
 from infra.backfill_state import BackfillState, BackfillStates
-from infra.errors import MarketstreamError, SettingsError, UnreachableError
+from infra.errors import SettingsError, UnreachableError
 from infra.kafka import FrameProducer
 from infra.progress import wait_stored
 from infra.registry_client import RegistryClient
-from infra.repair_jobs import Job, RepairJobs, Wanted
+from infra.repair_jobs import Job, RepairJobs, Wanted, wait_reconciled
 from infra.seam import SystemClock
 from infra.settings import Settings
 from schemas.errors import SchemaError, nearest
@@ -51,9 +51,6 @@ _TELL_EVERY_US: Final = 200_000
 _TRIES: Final = 3
 _LAG_S: Final = 1.0
 _STORE_S: Final = 600.0
-_NOBODY_S: Final = 20.0
-"""A job nobody looks at for this long: the repair does not run."""
-_POLL_S: Final = 0.25
 _US: Final = 1_000_000
 
 
@@ -98,12 +95,6 @@ class BackfillSummary:
     pending: str
     """Why bars that reach beyond the range are still to come; empty when all are done."""
     seconds: float
-
-
-class RepairAwayError(MarketstreamError):
-    """The trades are stored and nobody makes their bars."""
-
-    exit_code = 10
 
 
 async def backfill(
@@ -394,24 +385,3 @@ class _Run:
             pending="" if job.state == "done" else job.note,
             seconds=(self._clock.monotonic_us() - self._begun_us) / _US,
         )
-
-
-async def wait_reconciled(jobs: RepairJobs, job_id: int, clock: Clock, tell: Callable[[Job], None]) -> Job:
-    """The job once every bar that ends in its range is reconciled; those that reach beyond it may be open for long.
-
-    Raises RepairAwayError when nobody works on it, UnreachableError.
-    """
-    seen, moved_us = -1, clock.monotonic_us()
-    while True:
-        job = await jobs.get(job_id)
-        if job is None:
-            raise MarketstreamError(f"Job {job_id} of the repair is gone: order it again.")
-        tell(job)
-        if job.state == "done" or job.until_us >= job.end_us:
-            return job
-        if job.updated_us != seen or job.due_us > clock.now_us():
-            seen, moved_us = job.updated_us, clock.monotonic_us()
-        if clock.monotonic_us() - moved_us > _NOBODY_S * _US:
-            hint = job.note or "start the stack with `marketstream up`, or look at `marketstream status`."
-            raise RepairAwayError(f"The trades are stored, but nobody works on job {job_id} of the repair: {hint}")
-        await clock.sleep(_POLL_S)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,16 +17,27 @@ from typing import Any, Final, Self
 import asyncpg
 
 from infra.database import FAULTS, TIMEOUT_S, unreachable
-from infra.errors import UnreachableError
+from infra.errors import MarketstreamError, UnreachableError
 from infra.settings import Settings
 from infra.symbol_store import migrate
+from schemas.seam import Clock
 
 REASONS: Final = ("gap_filled", "gap_unfillable", "too_late", "quarantine", "backfill", "replay", "request")
 CHANNEL: Final = "marketstream_repairs"
 _LOCK: Final = 7_203_882
 """Advisory lock, with the prefix: one process works on the jobs of a stack, another one waits to take over."""
 _KEEP_DAYS: Final = 90
+_NOBODY_S: Final = 20.0
+"""A job nobody looks at for this long: the repair does not run."""
+_POLL_S: Final = 0.25
+_US: Final = 1_000_000
 _COLUMNS: Final = "id, exchange, symbol, start_us, end_us, reason, trigger, state, due_us, until_us, checked, revised, attempts, note, created_at, updated_at"
+
+
+class RepairAwayError(MarketstreamError):
+    """The trades are stored and nobody makes their bars."""
+
+    exit_code = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +192,14 @@ class RepairJobs:
         """Whether this connection is the one that works on the jobs of this stack; it stays so until it is closed."""
         return bool(await self._run("fetchval", "SELECT pg_try_advisory_lock($1, hashtext($2))", _LOCK, self._prefix))
 
+    async def is_led(self) -> bool:
+        """Whether a process works on the jobs of this stack now."""
+        sql = """
+            SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid = $1::bigint::oid
+                AND objid = (hashtext($2)::bigint & 4294967295)::oid AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))
+        """
+        return bool(await self._run("fetchval", sql, _LOCK, self._prefix))
+
     async def listen(self) -> None:
         """Be told of new jobs, for :meth:`wait`."""
         try:
@@ -229,6 +248,27 @@ class RepairJobs:
             return await getattr(self._connection, method)(sql, *arguments)
         except FAULTS as exc:
             raise unreachable(self._settings, exc) from exc
+
+
+async def wait_reconciled(jobs: RepairJobs, job_id: int, clock: Clock, tell: Callable[[Job], None]) -> Job:
+    """The job once every bar that ends in its range is reconciled; those that reach beyond it may be open for long.
+
+    Raises RepairAwayError when nobody works on it, UnreachableError.
+    """
+    seen, moved_us = -1, clock.monotonic_us()
+    while True:
+        job = await jobs.get(job_id)
+        if job is None:
+            raise MarketstreamError(f"Job {job_id} of the repair is gone: order it again.")
+        tell(job)
+        if job.state == "done" or job.until_us >= job.end_us:
+            return job
+        if job.updated_us != seen or job.due_us > clock.now_us():
+            seen, moved_us = job.updated_us, clock.monotonic_us()
+        if clock.monotonic_us() - moved_us > _NOBODY_S * _US:
+            hint = job.note or "start the stack with `marketstream up`, or look at `marketstream status`."
+            raise RepairAwayError(f"The trades are stored, but nobody works on job {job_id} of the repair: {hint}")
+        await clock.sleep(_POLL_S)
 
 
 def _job(row: Any) -> Job:

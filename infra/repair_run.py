@@ -25,6 +25,8 @@ SETTLE_US: Final = BarConfig().revision_window_us + 5 * US_PER_SECOND
 """The worker revises a bar this long after it closed, and 5 s for its frames to be stored."""
 _STILL_US: Final = 10 * US_PER_SECOND
 """A symbol whose newest bar was published longer ago is not moving: its source has ended or is away."""
+_PRESENT_US: Final = 300 * US_PER_SECOND
+_OF_PEOPLE: Final = ("replay", "backfill", "request")
 _VOUCHER_US: Final = 150 * US_PER_SECOND
 """The ledger grows once a minute, a quiet symbol's next trade may take as long: younger bars that nobody vouches for yet wait."""
 _NEXT_TRADE_US: Final = 86_400 * US_PER_SECOND
@@ -93,6 +95,8 @@ class SymbolRun:
         extent = reader.extent()
         clock = reader.clock(min(self._names))
         moving = clock.close_us > 0 and now - clock.known_at_us < _STILL_US
+        if clock.close_us < now - _PRESENT_US and all(job.reason in _OF_PEOPLE for job in jobs):
+            moving = False  # a person has just put the past there and is done with it
         limit_us = (clock.close_us if moving else now) - SETTLE_US
         ranges: dict[int, tuple[int, int]] = {}
         endless: set[int] = set()

@@ -21,6 +21,7 @@ from infra.kafka import FrameProducer, end_offsets
 from infra.kafka import unreachable as kafka_unreachable
 from infra.progress import NotStoredError, wait_stored, worker_offsets
 from infra.registry_client import RegistryClient
+from infra.replay_overlap import heal
 from infra.seam import SystemClock
 from infra.settings import Settings
 from schemas.errors import SchemaError
@@ -182,6 +183,8 @@ class _Run:
         if stats.rows != stats.published + stats.duplicates + stats.rejected:
             raise LostRowsError(f"{replay.reader.path}: {stats} does not add up; please report this file.")
         await self._wait(offsets)
+        if stats.published:
+            await heal(self._settings, replay.instrument, stats.first_time_us, stats.last_time_us, before[partition], self.clock)
         bars = await asyncio.to_thread(_count_bars, self._settings, replay.instrument, before[partition])
         summary = _summary(replay, bars, published_us - self._started_us, self.clock.monotonic_us() - self._started_us)
         if stats.problem is not None:

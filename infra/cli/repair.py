@@ -10,7 +10,7 @@ from typing import Any
 from infra.cli.context import settings_of
 from infra.cli.output import Output
 from infra.errors import SettingsError
-from infra.repair_jobs import Job, RepairJobs, Wanted
+from infra.repair_jobs import Job, RepairJobs, Wanted, wait_reconciled
 from infra.seam import SystemClock
 from infra.settings import Settings
 from schemas.errors import SchemaError, VocabularyError
@@ -61,8 +61,6 @@ def show(output: Output, *, data_dir: Path | None, job: int) -> None:
 
 def order(output: Output, *, data_dir: Path | None, exchange: str, symbol: str, start: str, end: str) -> None:
     """Have the bars of a range compared with its trades; return when those that end in it are. Raises SettingsError, UnreachableError."""
-    from infra.backfill import wait_reconciled
-
     settings = settings_of(data_dir)
     start_us, end_us = time_of("--start", start), time_of("--end", end)
     if start_us >= end_us:

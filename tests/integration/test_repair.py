@@ -14,6 +14,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from infra.export import export
+from infra.replay import replay_file
 from schemas.frames import END_OF_SOURCE, GAP_FILLED, GAP_UNFILLABLE, HISTORY
 from tests.integration.conftest import RunningStack
 from tests.integration.repair_chain import SECOND, START_US, Chain, Feed, market, no_fault, running, values
@@ -146,3 +147,29 @@ async def test_a_trade_too_late_for_the_worker_is_in_its_bar_in_the_end(chain: C
         silent_us + 2 * SECOND,
     ]
     feed.close()
+
+
+async def test_files_that_meet_in_a_bar_leave_it_whole(chain: Chain, tmp_path: Path) -> None:
+    """The evening's file, the morning's after it, and one that fills the hole between: no bar remembers how they were cut."""
+    trades = market(180, seed=4)
+    cuts = [START_US, START_US + 70 * SECOND + 123, START_US + 95 * SECOND + 456, START_US + 200 * SECOND]
+    parts = [
+        trades.filter((pl.col.exchange_time_us >= low) & (pl.col.exchange_time_us < high))
+        for low, high in zip(cuts, cuts[1:], strict=False)
+    ]
+    for place in (0, 2, 1):
+        path = tmp_path / f"{place}.csv"
+        rows = parts[place].with_columns(maker=pl.col.side == -1, best=True, ms=pl.col.exchange_time_us // 1000, quote=1.0)
+        rows.select("trade_id", "price", "size", "quote", "ms", "maker", "best").write_csv(path, include_header=False)
+        await replay_file(chain.settings, path, exchange="binance", symbol="FILE-USDT")
+    await chain.until_stored()
+    newest = chain.newest("FILE-USDT").filter(pl.col.close_time_us <= cuts[3])
+    truth = no_fault(trades, cuts[3])
+    assert_frame_equal(values(newest), values(truth.join(newest.select(KEYS), on=KEYS, how="semi")), check_exact=True)
+    inner = newest.filter(
+        (pl.col.timeframe_s == 1)
+        & (pl.col.open_time_us > trades["exchange_time_us"][0])
+        & (pl.col.close_time_us <= trades["exchange_time_us"][-1])
+    )
+    assert set(inner["complete"]) == {1}
+    assert newest.filter((pl.col.timeframe_s == 60) & (pl.col.open_time_us == START_US + 60 * SECOND))["complete"].to_list() == [1]
