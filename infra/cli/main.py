@@ -457,6 +457,33 @@ def quality(
     run(Output(as_json=as_json), data_dir=data_dir, symbol=symbol, exchange=exchange, limit=limit)
 
 
+@app.command()
+def coverage(
+    exchange: Annotated[str | None, typer.Option(help="Only of this venue.")] = None,
+    symbol: Annotated[str | None, typer.Option(help="Only of this symbol of the venue.")] = None,
+    channel: Annotated[str, typer.Option(help="trades, quotes, funding or open_interest.")] = "trades",
+    start: Start = None,
+    end: End = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page for the browser into this file.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What of each feed was collected and what is missing, with evidence; the last 24 hours unless said otherwise."""
+    from infra.cli.coverage import coverage as run
+
+    run(
+        Output(as_json=as_json),
+        data_dir=data_dir,
+        exchange=exchange,
+        symbol=symbol,
+        channel=channel,
+        start=start,
+        end=end,
+        html=html,
+    )
+
+
 SuspectExchange = Annotated[str | None, typer.Option("--exchange", help="Only of this venue.")]
 SuspectSymbol = Annotated[str | None, typer.Option("--symbol", help="Only of this symbol.")]
 SuspectReason = Annotated[str | None, typer.Option("--reason", help="price or time.")]
