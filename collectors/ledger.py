@@ -9,6 +9,7 @@ those frames were sent and are safe, because they say that something is held.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Final
 
@@ -22,6 +23,11 @@ from collectors.watermark import Watermark
 from collectors.wire import Array
 from schemas.frames import GAP_COMPLETE, GAP_FILLED, GAP_OPEN, GAP_UNFILLABLE, Frame, GapNotice
 
+logger = logging.getLogger(__name__)
+
+EVIDENCE_WORDS: Final = {1: "id jump", 2: "sequence", 3: "heartbeat", 4: "silence", 5: "restart", 6: "checksum"}
+MAX_LOGGED_GAPS: Final = 5
+"""Gaps open at once beyond which they are no longer logged one by one."""
 MAX_NOTICES_A_GAP: Final = 64
 """A gap that is lost in more pieces is told as one stretch in the frames of trades; the ledger has them all."""
 STATS_EVERY_US: Final = 1_000_000
@@ -165,6 +171,7 @@ class Ledger:
             self._closing.append(row)
         elif complete or not gap.missing:
             self._stats.gaps_filled += 1
+            self._log("%s: trades %d..%d are here, %d of them fetched or late.", gap, gap.first_id, gap.last_id, gap.recovered)
             self._tell(gap, gap.gap_id, gap.start_time_us, gap.end_time_us, GAP_FILLED)
             self._closing.append(self._filled_row(gap, gap.gap_id))
         else:
@@ -203,6 +210,7 @@ class Ledger:
 
     def _announce(self, gap: Gap) -> None:
         self._stats.gaps_opened += 1
+        self._log("%s: trades %d..%d are missing (%s); fetching.", gap, gap.first_id, gap.last_id, EVIDENCE_WORDS[gap.evidence])
         self._urgent.append(self._open_row(gap, gap.first_id, gap.last_id))
         self._tell(gap, gap.gap_id, gap.start_time_us, gap.end_time_us, GAP_OPEN)
         self._on_gap(gap)
@@ -245,6 +253,11 @@ class Ledger:
             self._closing.append(rows)
             for code, start, end, gap_id in rows[:, [0, 3, 4, 8]].tolist():
                 self._batcher.notice(GapNotice(code, gap_id, start, end, GAP_FILLED))
+
+    def _log(self, text: str, gap: Gap, *values: object) -> None:
+        """A line for a few gaps; after a long absence every symbol has one, and the topic and the metrics say it all."""
+        level = logging.INFO if self._stats.gaps_open < MAX_LOGGED_GAPS else logging.DEBUG
+        logger.log(level, text, self._batcher.key_of(gap.code), *values)
 
     def _tell(self, gap: Gap, gap_id: int, start_us: int, end_us: int, state: int) -> None:
         self._batcher.notice(GapNotice(gap.code, gap_id, start_us, end_us, state))

@@ -90,14 +90,20 @@ class CollectorMetrics(Collector):
         delay = GaugeMetricFamily("collector_receive_delay_seconds", "Receive time minus exchange time, clock skew included", labels=labels)
         symbols = GaugeMetricFamily("collector_symbols", "Streams wanted", labels=labels)
         stale = GaugeMetricFamily("collector_stale_symbols", "Symbols silent beyond their own rate", labels=labels)
+        gaps = GaugeMetricFamily("collector_gaps_open", "Gaps open now", labels=labels)
+        oldest = GaugeMetricFamily("collector_oldest_gap_seconds", "Since the oldest of them was found; 0: none", labels=labels)
+        lost = GaugeMetricFamily("collector_symbols_lost", "Symbols of which nobody knows now whether something is missed", labels=labels)
         for shard in shards:
             stats, place = shard.pipeline.stats, [self._exchange, shard.name]
+            gaps.add_metric(place, stats.gaps_open)
+            oldest.add_metric(place, stats.oldest_gap_us / 1e6)
+            lost.add_metric(place, stats.symbols_lost)
             status.add_metric(place, 1.0 if shard.is_live else 0.0)
             last.add_metric(place, stats.last_exchange_time_us / 1e6)
             delay.add_metric(place, (stats.last_receive_time_us - stats.last_exchange_time_us) / 1e6)
             symbols.add_metric(place, len(shard.streams))
             stale.add_metric(place, stats.stale_symbols)
-        yield from (status, last, delay, symbols, stale)
+        yield from (status, last, delay, symbols, stale, gaps, oldest, lost)
 
     def _breakers(self, shards: list[Shard]) -> Iterator[Metric]:
         breakers: list[Breaker] = [shard.breaker for shard in shards]
