@@ -11,6 +11,7 @@ from typing import Any, Final
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from prometheus_client import Counter, Gauge
 
+from infra.ending import end_within
 from infra.errors import MarketstreamError
 from infra.health import HealthServer
 from infra.kafka import FrameProducer, consumer_config, producer_config, unreachable
@@ -34,6 +35,7 @@ _STUCK_AFTER_S: Final = 30.0
 _SWITCH_S: Final = 0.0005
 
 TRADES = Counter("worker_trades_total", "Trades turned into bars")
+HELD = Counter("worker_held_trades_total", "Suspect trades held back from the bars")
 APPLIED = Gauge("worker_applied_offset", "Offset of the newest trades record in the state", ["partition"])
 WATERMARK = Gauge("worker_watermark_seconds", "Watermark of the partition, seconds since the epoch", ["partition"])
 
@@ -179,7 +181,7 @@ def run(settings: Settings, index: int) -> int:
     )
     app = create_app(config, runner)
     progress = {"assigned": 0.0, "beat": SYSTEM.monotonic_s()}
-    counted = {"trades": 0}
+    counted = {"trades": 0, "held": 0}
     work = BarWork(runner, KafkaLag(settings.kafka))
 
     @app.on_partitions_assigned.connect
@@ -193,10 +195,22 @@ def run(settings: Settings, index: int) -> int:
         total = sum(shard.trade_count for shard in runner.shards.values())
         TRADES.inc(max(total - counted["trades"], 0))
         counted["trades"] = total
+        held = sum(shard.held_count for shard in runner.shards.values())
+        HELD.inc(max(held - counted["held"], 0))
+        counted["held"] = held
 
     monitor = Monitor(work, settings.watchdog.stuck_s, SystemClock())
     health = HealthServer(settings.worker.health_port + index, lambda: _reasons(runner, progress), monitor=monitor).start()
-    worker = faust.Worker(app, loop=loop, loglevel=settings.log_level, redirect_stdouts=False, quiet=True, override_logging=False)
+
+    class Worker(faust.Worker):  # type: ignore[misc]  # Faust has no types
+        """Ends in time although Faust waits for a broker that is away: outputs not acknowledged are in no snapshot, and made again."""
+
+        def _schedule_shutdown(self, signal: Any) -> None:
+            if not self._signal_stop_time:
+                end_within()
+            super()._schedule_shutdown(signal)
+
+    worker = Worker(app, loop=loop, loglevel=settings.log_level, redirect_stdouts=False, quiet=True, override_logging=False)
     try:
         worker.execute_from_commandline()
     except SystemExit as exc:

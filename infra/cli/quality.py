@@ -28,7 +28,7 @@ def quality(output: Output, *, data_dir: Path | None, symbol: str | None, exchan
     output.table(("market", "source", "score", "passed", "failed", *_ANOMALIES, "band", "as of"), [_row(feed) for feed in feeds])
     for name, count in held.items():
         if count:
-            output.note(f"{count:,} trades of {name}:{symbol} are held back: `marketstream quarantine list --symbol {symbol}` shows them.")
+            output.note(f"{count:,} trade(s) of {name}:{symbol} held back: `marketstream quarantine list --symbol {symbol}` shows them.")
 
 
 _ANOMALIES: Final = ("bad values", "bad times", "held", "confirmed", "spikes")
