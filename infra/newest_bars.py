@@ -48,7 +48,7 @@ def newest_worker_bars(settings: KafkaSettings, registry: RegistryClient, codec:
                 try:
                     input_offset = decode_learning(codec, value, registry.schema).input_offset
                 except DecodeError as exc:  # no worker's; the sink writes the letter
-                    logger.warning("Record %s[%d]@%d cannot be read: %s", full, partition, offset, exc)
+                    logger.debug("Record %s[%d]@%d cannot be read: %s", full, partition, offset, exc)
                     continue
                 if input_offset >= 0:
                     found = WorkerBars(input_offset, offset)

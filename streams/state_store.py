@@ -59,20 +59,23 @@ def load(log: StateLog) -> bytes | None:
             if key != _MANIFEST:
                 continue
             try:
-                return _assemble(log, value)
+                return _assemble(log, value, low, offset)
             except StateError as exc:
                 logger.warning("The state manifest at offset %d cannot be used (%s); trying the one before it", offset, exc)
         stop, look = start, look * 8
     return None
 
 
-def _assemble(log: StateLog, manifest: bytes) -> bytes:
+def _assemble(log: StateLog, manifest: bytes, oldest: int, before: int) -> bytes:
+    """The state whose chunks a manifest names; they stand in ``[oldest, before)``."""
     try:
         chunks = [(int(offset), int(size), int(checksum)) for offset, size, checksum in json.loads(manifest)["chunks"]]
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
         raise StateError(f"The manifest is damaged: {exc!r}") from exc
     if not chunks:
         raise StateError("The manifest names no chunks.")
+    if not all(oldest <= offset < before for offset, _, _ in chunks):
+        raise StateError(f"The manifest names chunks outside the offsets {oldest} to {before - 1}.")
     held = {offset: value for offset, _, value in log.read(chunks[0][0], chunks[-1][0] + 1)}
     parts = []
     for offset, size, checksum in chunks:
