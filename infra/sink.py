@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import sys
 import threading
 from collections.abc import Iterable
@@ -18,6 +16,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from infra.clickhouse.client import answers, connect
 from infra.clickhouse.schema import TABLES
 from infra.clickhouse.store import ClickHouseStore
+from infra.ending import on_request_to_end
 from infra.errors import DataDirError, MarketstreamError
 from infra.health import HealthServer
 from infra.kafka import consumer_config, partition_count, producer_config, unreachable
@@ -40,8 +39,6 @@ _RETRY_MAX_S: Final = 5.0
 _STORE_TIMEOUT_S: Final = 30
 """An insert takes 0.1 to 2 s; one that hangs longer is tried again, which its token makes harmless."""
 _SLOW_STORE_S: Final = 2.0
-_DRAIN_S: Final = 4.5
-"""SIGTERM to exit at the latest, also while a server hangs: what is not committed is read again."""
 _FETCH: Final = {"fetch.min.bytes": 256 * 1024, "fetch.wait.max.ms": 100}
 """The sink stores batches, so it need not be told of each record at once: at 10,000 trades/s that was 800 fetches a second."""
 _APPROXIMATE_ROW_BYTES: Final = 45
@@ -66,11 +63,16 @@ class _StoppedError(Exception):
 
 
 class Sink:
-    """The loop: consume, batch, insert, commit. One thread; ``stop()`` from a signal handler ends it after the current batch."""
+    """The loop: consume, batch, insert, commit. One thread.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        settings: of this stack.
+        asked_to_end: set from another thread; the sink then ends after what is in hand is stored.
+    """
+
+    def __init__(self, settings: Settings, asked_to_end: threading.Event) -> None:
         self._settings = settings
-        self._stopping = False
+        self._asked_to_end = asked_to_end
         self._trouble: dict[str, str] = {"start": "The sink is starting."}
         self._registry = RegistryClient.from_settings(settings)
         self._client = connect(settings.clickhouse, timeout_s=_STORE_TIMEOUT_S)
@@ -84,22 +86,6 @@ class Sink:
         self._positions: dict[tuple[str, int], int] = {}
         self._storing_since = 0.0
         self._stored_records = 0
-
-    def stop(self) -> None:
-        """End after what is in hand is stored, or after ``_DRAIN_S`` without it."""
-        if not self._stopping:
-            self._stopping = True
-            timer = threading.Timer(_DRAIN_S, self._leave)
-            timer.daemon = True
-            timer.start()
-
-    @staticmethod
-    def _leave() -> None:
-        logger.warning(
-            "A server did not answer within %.1f s of the request to stop; what is not stored is read again at the next start.", _DRAIN_S
-        )
-        logging.shutdown()
-        os._exit(0)
 
     # infra.watchdog.Work
 
@@ -125,7 +111,7 @@ class Sink:
         return dict(self._trouble)
 
     def run(self) -> None:
-        """Store until :meth:`stop`. Raises UnreachableError when Kafka refuses."""
+        """Store until asked to end. Raises UnreachableError when Kafka refuses."""
         try:
             self._run()
         except _StoppedError:
@@ -139,7 +125,7 @@ class Sink:
         limit = self._settings.sink.max_rows * _APPROXIMATE_ROW_BYTES
         linger_s = self._settings.sink.flush_interval_ms / 1000
         prefix = self._settings.kafka.topic_prefix
-        while not self._stopping:
+        while not self._asked_to_end.is_set():
             now = SYSTEM.monotonic_s()
             for message in self._consumer.consume(200, _POLL_S):
                 if message.error():
@@ -210,7 +196,7 @@ class Sink:
         self._stored_records += len(pending.records)
         self._positions.update({(name, record.partition): record.offset + 1 for record in pending.records})
         while self._letters.flush(_POLL_S):  # the letter is safe before the record is behind us
-            if self._stopping:
+            if self._asked_to_end.is_set():
                 raise _StoppedError
         self._commit(name, pending.records)
         self._pending[name] = _Pending()
@@ -251,7 +237,7 @@ class Sink:
         while True:
             until = SYSTEM.monotonic_s() + wait_s
             while SYSTEM.monotonic_s() < until:
-                if self._stopping:
+                if self._asked_to_end.is_set():
                     raise _StoppedError
                 SYSTEM.pause(min(0.1, wait_s))
             if answers(self._settings.clickhouse):
@@ -286,9 +272,9 @@ def main() -> int:
     try:
         settings = load_settings()
         setup_logging(settings.log_level, as_json=settings.log_json)
-        sink = Sink(settings)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: sink.stop())
+        asked = threading.Event()
+        on_request_to_end(asked.set)
+        sink = Sink(settings, asked)
         monitor = Monitor(sink, settings.watchdog.stuck_s, SystemClock())
         health = HealthServer(settings.sink.health_port, sink.reasons, monitor=monitor).start()
         try:

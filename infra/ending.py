@@ -1,0 +1,53 @@
+"""The end of a process: SIGTERM or SIGINT in; a request to stop, and in any case the end within its time, out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from typing import Final
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S: Final = 4.5
+"""From the request to the end, whatever hangs; the promise is 5 s."""
+_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
+
+
+def end_within(seconds: float = DRAIN_S) -> None:
+    """Let this process end with code 0 in ``seconds`` at the latest.
+
+    For processes that lose nothing by it, as they would lose nothing by kill -9: what is not acknowledged or committed is done again.
+    """
+    timer = threading.Timer(seconds, _leave, (seconds,))
+    timer.daemon = True
+    timer.start()
+
+
+def on_request_to_end(stop: Callable[[], None]) -> None:
+    """Call ``stop`` from a thread of its own once SIGTERM or SIGINT comes, and end within ``DRAIN_S``.
+
+    A handler in the main thread would wait for as long as that thread is inside a client's library, which a server that hangs can make
+    minutes; so the interpreter's own handler wakes a thread. Call it from the main thread; not beside an event loop, which needs that way.
+    """
+    awaited, woken = socket.socketpair()
+    woken.setblocking(False)
+    signal.set_wakeup_fd(woken.detach())
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: None)
+
+    def wait() -> None:
+        awaited.recv(1)
+        end_within()
+        stop()
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def _leave(seconds: float) -> None:
+    logger.warning("A server did not answer within %.1f s of the request to stop; what is not done is done at the next start.", seconds)
+    logging.shutdown()
+    os._exit(0)
