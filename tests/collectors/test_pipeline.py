@@ -30,7 +30,7 @@ STEP = 10_000
 class Bench:
     """A pipeline of two symbols with everything it calls recorded."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, *, consecutive: bool = True, **config: Any) -> None:
         self.letters = RecordingDeadLetters()
         self.replies: list[Reply] = []
         self.gaps: list[Gap] = []
@@ -40,7 +40,7 @@ class Bench:
         self.pipeline = Pipeline(
             exchange="binance",
             mapper=BinanceMapper("trade"),
-            sequencer=Sequencer(consecutive=True),
+            sequencer=Sequencer(consecutive=consecutive),
             watermark=Watermark(),
             batcher=Batcher("binance/ws/0", TRADE_DTYPES, BatcherConfig()),
             stale=StaleDetector(),
