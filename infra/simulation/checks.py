@@ -17,7 +17,7 @@ from infra.simulation.broker import Place, SimBroker
 from infra.simulation.components import EXCHANGE, SINK_GROUP, describe, frame_codec, row_codec
 from processors.bars import build
 from schemas.errors import DecodeError
-from schemas.frames import Frame
+from schemas.frames import HISTORY, Frame
 from schemas.partitions import partition_of
 from schemas.timeframes import timeframe_seconds
 
@@ -38,6 +38,7 @@ def violations(world: World) -> list[str]:
     found += [f"process: {line}" for line in world.exits]
     found += [f"unhandled: {line}" for line in world.loop.failures]
     found += [f"not settled: {line}" for line in world.unsettled]
+    found += world.live_violations
     for symbol in world.symbols():
         found += _trades(world, symbol)
         found += _bars(world, symbol)
@@ -115,8 +116,35 @@ def newest_bars(world: World, symbol: str, timeframe: str) -> Columns:
     return {name: column[last] for name, column in bars.items()}
 
 
-def _bars(world: World, symbol: str) -> list[str]:
-    """Stored bars equal those built of the truth in one go, as far as the truth has closed them."""
+def live_bars(world: World) -> list[str]:
+    """Before anything was repaired: every bar but those of trades that were fetched after their bars had closed is right already."""
+    return [f"live {line}" for symbol in world.symbols() for line in _bars(world, symbol, past_us=_past_times(world, symbol))]
+
+
+def _past_times(world: World, symbol: str) -> npt.NDArray[np.int64]:
+    """Times of the trades of a symbol that came as trades of the past."""
+    key = _key(symbol)
+    found = [np.empty(0, np.int64)]
+    for value in world.broker.values("trades", partition_of(key, world.broker.partitions)):
+        frame = _decoded("trades", value)
+        if frame is not None and frame.flags & HISTORY and key in frame.symbols:
+            found.append(frame.columns["exchange_time_us"][frame.columns["symbol_code"] == frame.symbols.index(key)])
+    return np.unique(np.concatenate(found))
+
+
+def _right_without_repair(wanted: Columns, past_us: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Mask of bars that hold no trade of the past and no price of one: flat bars go on with the close before them."""
+    if not len(past_us):
+        return np.ones(len(wanted["open_time_us"]), np.bool_)
+    count = np.searchsorted(past_us, wanted["close_time_us"]) - np.searchsorted(past_us, wanted["open_time_us"])
+    touched = count > 0
+    for place in range(1, len(touched)):
+        touched[place] |= touched[place - 1] and wanted["trade_count"][place] == 0
+    return ~touched
+
+
+def _bars(world: World, symbol: str, past_us: npt.NDArray[np.int64] | None = None) -> list[str]:
+    """Stored bars equal those built of the truth in one go, as far as the truth has closed them; ``past_us``: but for trades of these times."""
     trades = world.exchange.truth(symbol.replace("-", ""))
     if not len(trades["trade_id"]):
         return []
@@ -127,6 +155,8 @@ def _bars(world: World, symbol: str) -> list[str]:
     for timeframe in timeframes:
         wanted = _columns(built.filter(pl.col("timeframe") == timeframe))
         closed = wanted["close_time_us"] <= world.end_us
+        if past_us is not None:
+            closed &= _right_without_repair(wanted, past_us)
         wanted = {name: column[closed] for name, column in wanted.items()}
         have = newest_bars(world, symbol, timeframe)
         opens, held = wanted["open_time_us"], have["open_time_us"]

@@ -127,7 +127,7 @@ class SimStore:
                 mine = batch.columns["symbol_code"] == batch.keys.index(key)
                 parts.append({name: column[mine] for name, column in batch.columns.items()})
         if not parts:
-            names = (*FIELDS.get(table, ()), "timeframe_s", "kafka_partition", "kafka_offset", "input_offset", "known_at_us")
+            names = (*FIELDS.get(table, ()), "timeframe_s", "held_count", "kafka_partition", "kafka_offset", "input_offset", "known_at_us")
             return {name: np.empty(0, np.int64) for name in names}
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -30,6 +30,7 @@ from infra.simulation.client import Series, Subscriber
 from infra.simulation.components import EXCHANGE, EXCHANGE_PLACE, Outside, Tuning, run_api, run_collector, run_sink, run_worker
 from infra.simulation.loop import Process, SimClock, VirtualLoop
 from infra.simulation.network import MemoryTransport, Network
+from infra.simulation.repairing import repair
 from infra.simulation.store import SimStore
 from infra.simulation.trace import Trace
 
@@ -145,6 +146,8 @@ class World:
         self.exits: list[str] = []
         self.kills_left = 0
         """Kill points kept for the moment after another one."""
+        self.live_violations: list[str] = []
+        """What was wrong before the repair."""
         self.unsettled: list[str] = []
         self.over = False
         self.end_us = 2**62
@@ -199,21 +202,20 @@ class World:
         await self.clock.sleep(1.0)
         self.end_us = self.loop.now_us
         self.over = True
-        await self._settle()
+        await self._settle("processes", "collector", "worker", "sink")
+        self.live_violations = checks.live_bars(self)
+        repair(self)
+        await self._settle("sink", "api")
 
-    async def _settle(self) -> None:
+    async def _settle(self, *stages: str) -> None:
         """Wait until nothing is under way any more; what does not get there is a violation of its own."""
-        stages: tuple[tuple[str, Callable[[], Callable[[], bool]]], ...] = (
-            ("processes", lambda: self._all_alive),
-            ("collector", lambda: checks.collected(self)),
-            ("worker", lambda: checks.caught_up(self, "worker")),
-            ("sink", lambda: checks.caught_up(self, "sink")),
-            ("api", lambda: checks.caught_up(self, "api")),
-        )
-        await self.clock.sleep(1.0)
-        for name, stage in stages:
+        await self.clock.sleep(0.5)
+        for name in stages:
             self.due = {place: log.synced for place, log in self.broker.logs.items()}
-            if not await self._until(stage(), _SETTLE_S):
+            done = (
+                self._all_alive if name == "processes" else checks.collected(self) if name == "collector" else checks.caught_up(self, name)
+            )
+            if not await self._until(done, _SETTLE_S):
                 self.unsettled.append(f"the {name} had not caught up {_SETTLE_S:g} s after the last trade")
             await self.clock.sleep(max(0.2, 2 * self.scenario.tuning.linger_ms / 1_000))  # what is done may still be on its way out
 

@@ -1,0 +1,61 @@
+"""Planted bugs: each is found by the seeds known to find it, and those seeds find nothing in the product as it is.
+
+The long form (``MARKETSTREAM_SIMULATION_SEEDS=1000``) looks for each among the first so many seeds, as ``make prove`` does.
+"""
+
+import os
+
+import pytest
+
+from infra.cli.output import Output
+from infra.cli.simulate import run
+from infra.errors import SettingsError
+from infra.simulation.bugs import BUGS, planted
+from infra.simulation.world import Scenario, simulate
+
+SEEDS = int(os.environ.get("MARKETSTREAM_SIMULATION_SEEDS", "0"))
+KNOWN: dict[str, tuple[int, ...]] = {}
+"""Bug -> seeds that find it; the first of them that still does is enough."""
+
+
+def test_there_are_thirty_bugs_and_more() -> None:
+    """Each has a sentence of its own."""
+    assert len(BUGS) >= 30
+    assert len({bug.what for bug in BUGS.values()}) == len(BUGS)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_found(name: str) -> None:
+    """Within a thousand seeds; here by the few known to find it."""
+    for seed in range(1, SEEDS + 1) if SEEDS else KNOWN.get(name, (1, 2, 3)):
+        with planted(name):
+            result = simulate(Scenario.drawn(seed))
+        if result.violations:
+            return
+    pytest.fail(f"No world found the planted bug '{name}': {BUGS[name].what}")
+
+
+def test_nothing_stays_planted() -> None:
+    """After the context the product is as it was: the seeds that found bugs find nothing."""
+    for name in ("skip-on-restore", "cursor-off-by-one", "gap-first-off-by-one"):
+        with planted(name):
+            assert simulate(Scenario.drawn(1)).violations
+    assert not simulate(Scenario.drawn(1)).violations
+
+
+def test_command_finds_a_planted_bug_and_says_how_to_see_it_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1, the violated invariant and the exact command."""
+    asked = {"seed": None, "seeds": "1..20", "kills": None, "plain": False, "plant": "skip-on-restore", "trace": False}
+    assert run(Output(as_json=False), **asked) == 1
+    said = capsys.readouterr()
+    assert "BROKEN " in said.out
+    assert "again: marketstream simulate --seed 1 --plant skip-on-restore" in said.out
+    assert "was found by seed 1" in said.err
+
+
+def test_command_refuses_what_it_does_not_know() -> None:
+    """Unknown bugs and ranges that are none."""
+    asked = {"seed": None, "seeds": None, "kills": None, "plain": False, "plant": None, "trace": False}
+    for wrong in ({"plant": "nonsense"}, {"seeds": "5..1"}, {"seeds": "1-5"}, {"seed": 3, "seeds": "1..2"}):
+        with pytest.raises(SettingsError):
+            run(Output(as_json=True), **(asked | wrong))
