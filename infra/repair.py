@@ -48,6 +48,8 @@ _WATCH_S: Final = 5.0
 """A job whose notification was lost is seen after this."""
 _SETTLE_S: Final = 10.0
 _SETTLE_POLL_S: Final = 0.1
+_FRESH_US: Final = 10_000_000
+"""What was settled longer ago is asked anew: bars that closed since are to be compared too."""
 _LOOK_AGAIN_US: Final = 2_000_000
 _VOUCHER_US: Final = 5_000_000
 _LONGEST_US: Final = 600_000_000
@@ -83,6 +85,8 @@ class RepairProcess:
         self._client: Any = None
         self._producer: FrameProducer | None = None
         self._twin: Any = None
+        self._settled_us: dict[int, int] = {}  # partition -> everything published before this is stored
+        self._published_us: dict[str, int] = {}  # instrument key -> when it published last
         self._done = 0
         self._due = 0
 
@@ -205,7 +209,7 @@ class RepairProcess:
     async def _reconcile(self, due: Sequence[Job]) -> None:
         key = due[0].key
         partition = partition_of(key, self._settings.kafka.partitions)
-        behind = await self._settle(partition)
+        behind = "" if self._is_settled(partition, due) else await self._settle(partition)
         if behind:
             await self._jobs.save([job.id for job in due], state="pending", due_us=self._clock.now_us() + _LOOK_AGAIN_US, note=behind)
             return
@@ -252,6 +256,12 @@ class RepairProcess:
             note, due_us = "Bars that are still open; nothing moves.", min(max(left_us + SETTLE_US, now_us + _US), now_us + _STILL_US)
         await self._jobs.save([job.id], state="pending", due_us=due_us, until_us=until_us, note=note)
 
+    def _is_settled(self, partition: int, due: Sequence[Job]) -> bool:
+        """Whether an earlier wait covers these jobs: after an outage a thousand symbols ask at once, and a wait asks the broker four times."""
+        settled_us, now_us = self._settled_us.get(partition, 0), self._clock.now_us()
+        asked_us = max(job.created_us for job in due) + _US
+        return settled_us >= max(now_us - _FRESH_US, asked_us, self._published_us.get(due[0].key, 0))
+
     async def _settle(self, partition: int) -> str:
         """Wait until all that is in the partition now has its bars and is stored; one sentence when that takes too long, else ''."""
         kafka = self._settings.kafka
@@ -259,6 +269,7 @@ class RepairProcess:
         trades = (await asyncio.to_thread(end_offsets, kafka, ["trades"]))["trades"][partition]
         until_us = self._clock.monotonic_us() + round(_SETTLE_S * _US)
         codec = self._registry.frame_codec("bars")
+        asked_us = self._clock.now_us()
         while True:
             newest = await asyncio.to_thread(newest_worker_bars, kafka, self._registry, codec, partition)
             made = -1 if newest is None else newest.input_offset
@@ -272,6 +283,7 @@ class RepairProcess:
             stored = await asyncio.to_thread(committed_offsets, kafka, SINK_GROUP, _WAITS_FOR)
             lacking = sum(max(ends[name][place] - max(stored[name][place], 0), 0) for name, place in places.items())
             if not lacking:
+                self._settled_us[partition] = asked_us
                 return ""
             if self._clock.monotonic_us() >= until_us:
                 return f"The sink is {lacking:,} records behind: what is not stored cannot be compared."
@@ -306,6 +318,7 @@ class RepairProcess:
         for newest in outcome.newest:  # the twin is compacted: the last row of a key is to be its newest bar
             await self._send_rows(key, partition, int(newest["input_offset"][0]), newest)
         await self._producer.flush()
+        self._published_us[key] = self._clock.now_us()
         REVISED.inc(count)
         return count
 

@@ -212,6 +212,16 @@ class Feed:
         )
         await self._producer.flush()
 
+    async def suspect(self, trade: pl.DataFrame, state: int) -> None:
+        """Publish a person's word on a trade."""
+        columns = {name: trade[name].to_numpy() for name in COLUMNS}
+        columns |= {"symbol_code": np.zeros(1, np.int32), "reason": np.ones(1, np.int8), "state": np.array([state], np.int8)}
+        columns |= {"band_low": np.full(1, -1.0), "band_high": np.full(1, -1.0)}
+        await self._producer.send(
+            "quarantine", self.partition, Frame(source="person", watermark_us=0, symbols=(self.key,), columns=columns)
+        )
+        await self._producer.flush()
+
     def close(self) -> None:
         """Close the registry's connection."""
         self._registry.close()

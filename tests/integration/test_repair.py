@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from infra.cli.main import main
 from infra.export import export
 from infra.replay import replay_file
 from schemas.frames import END_OF_SOURCE, GAP_FILLED, GAP_UNFILLABLE, HISTORY
@@ -173,3 +175,50 @@ async def test_files_that_meet_in_a_bar_leave_it_whole(chain: Chain, tmp_path: P
     )
     assert set(inner["complete"]) == {1}
     assert newest.filter((pl.col.timeframe_s == 60) & (pl.col.open_time_us == START_US + 60 * SECOND))["complete"].to_list() == [1]
+
+
+async def test_a_trade_that_is_taken_out_or_let_in_revises_its_bar_and_commands_show_it(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Discarded: the bar is made without it and says so; released: as it was before, two revisions up."""
+    trades = market(120, seed=5)
+    feed = Feed(chain, "HELD-USDT")
+    await feed.send(trades, flags=END_OF_SOURCE)
+    first = chain.newest("HELD-USDT")
+    row = trades.filter(pl.col.exchange_time_us >= START_US + 30 * SECOND)[0]
+    open_us = row["exchange_time_us"][0] // SECOND * SECOND
+    its_bar = (pl.col.timeframe_s == 1) & (pl.col.open_time_us == open_us)
+    for state, count, revision in ((4, 1, 1), (3, 2, 2)):
+        await feed.suspect(row, state)
+        await chain.until_reconciled("HELD-USDT", count)
+        bar = chain.newest("HELD-USDT").filter(its_bar)
+        left = trades.filter(pl.col.trade_id != row["trade_id"][0]) if state == 4 else trades
+        truth = no_fault(left, START_US + 60 * SECOND).filter(its_bar)
+        assert_frame_equal(values(bar), values(truth), check_exact=True)
+        assert (bar["revision"].to_list(), bar["held_count"].to_list()) == ([revision], [int(state == 4)])
+    newest = chain.newest("HELD-USDT")
+    small = pl.col.timeframe_s <= 60
+    assert_frame_equal(values(newest.filter(small)), values(first.filter(small)), check_exact=True)
+
+    for name, text in chain.settings.as_environ().items():
+        monkeypatch.setenv(name, text)
+    ask = ["--exchange", "binance", "--symbol", "HELD-USDT", "--json"]
+    order = ["repair", "run", *ask, "--start", str(START_US + 10 * SECOND), "--end", str(START_US + 20 * SECOND)]
+    assert await asyncio.to_thread(main, order) == 0
+    ordered = json.loads(capsys.readouterr().out)
+    assert (ordered["reason"], ordered["revised"]) == ("request", 0)
+    assert ordered["checked"] >= 10
+    assert await asyncio.to_thread(main, ["repair", "show", str(ordered["id"]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == ordered["id"]
+    assert await asyncio.to_thread(main, ["repair", "list", "--json", "--limit", "100"]) == 0
+    listed = json.loads(capsys.readouterr().out)["jobs"]
+    assert [one["reason"] for one in listed if one["symbol"] == "HELD-USDT"] == ["request", "quarantine", "quarantine"]
+    for wrong, word in (
+        (["repair", "show", "999999"], "There is no job 999999"),
+        (["repair", "list", "--state", "dome"], "did you mean 'done'"),
+        (["repair", "run", *ask, "--start", "2024-01-02", "--end", "2024-01-01"], "is not before the end"),
+        (["repair", "run", *ask, "--start", "soon", "--end", "2024-01-01"], "--start: 'soon' is not a time"),
+    ):
+        assert await asyncio.to_thread(main, wrong) == 2
+        assert word in capsys.readouterr().err
+    feed.close()
