@@ -313,7 +313,7 @@ class World:
         """Everything that goes wrong, at moments drawn in advance."""
         scenario, random = self.scenario, self.random
         plan: list[tuple[float, int, Callable[[], None]]] = []
-        alone = scenario.kills - scenario.kills // 4
+        alone = scenario.kills - (scenario.kills // 4 if "broker" in scenario.targets else 0)
         self.kills_left = scenario.kills - alone
         for number in range(alone):
             target = random.choice(scenario.targets)
