@@ -10,6 +10,7 @@ import msgspec
 from api.coverage import CHANNELS
 from api.deps import ApiLimits
 from api.errors import CODES, PROBLEM_TYPE
+from api.letters import STATES
 from api.params import DEFAULT_TIMEFRAME, MEDIA_TYPES
 from api.rows import BarRow, TradeRow
 from schemas.timeframes import TIMEFRAMES
@@ -62,6 +63,40 @@ class SymbolsList(msgspec.Struct):
     symbols: list[Symbol]
 
 
+class DeadLetter(msgspec.Struct):
+    """What could not be processed; the id is its offset in topic `deadletter`. A single letter comes with its bytes."""
+
+    id: int
+    reason: str
+    detail: str
+    component: str
+    exchange: str
+    symbol: str
+    topic: str
+    partition: int
+    offset: int
+    place: str
+    time_us: int
+    known_at_us: int
+    raw_size: int
+    origin: int
+    state: str
+    decided_by: str
+    decided_at: str
+    outcome: str
+    new_letter: int | None
+    raw_base64: str | msgspec.UnsetType = msgspec.UNSET
+    raw_text: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class DeadLettersPage(msgspec.Struct):
+    """Dead letters, newest first; `next` is the `before` of the next page."""
+
+    count: int
+    next: int | None
+    letters: list[DeadLetter]
+
+
 class ProblemDocument(msgspec.Struct):
     """RFC 9457; `code` is stable, `detail` names the culprit and the remedy."""
 
@@ -80,9 +115,9 @@ _TIME: Final = "ISO 8601 (without a zone: UTC) or a number of seconds, milliseco
 def document(version: str) -> bytes:
     """The OpenAPI 3.1 document."""
     schemas, components = msgspec.json.schema_components(
-        [BarsPage, TradesPage, SymbolsList, ProblemDocument], ref_template="#/components/schemas/{name}"
+        [BarsPage, TradesPage, SymbolsList, DeadLettersPage, DeadLetter, ProblemDocument], ref_template="#/components/schemas/{name}"
     )
-    bars, trades, symbols, problem = schemas
+    bars, trades, symbols, letters, letter, problem = schemas
     timeframe = _query("timeframe", "Length of the bars.", {"type": "string", "enum": list(TIMEFRAMES), "default": DEFAULT_TIMEFRAME})
     paths = {
         "/api/v1/symbols": _get(
@@ -140,6 +175,25 @@ def document(version: str) -> bytes:
                     "invalid_range",
                 ),
             ),
+        ),
+        "/api/v1/deadletters": _get(
+            "deadletters",
+            "What could not be processed, and what became of it",
+            [
+                *(_query(name, f"Only of this {name}.", {"type": "string"}) for name in ("reason", "exchange", "symbol", "component")),
+                _query("since", f"Published since: {_TIME}.", {"type": "string"}),
+                _query("state", "Only of this state.", {"type": "string", "enum": list(STATES)}),
+                _query("limit", "Letters of a page.", {"type": "integer", "minimum": 1, "maximum": 1_000, "default": 100}),
+                _query("before", "`next` of the page before.", {"type": "integer", "minimum": 0}),
+            ],
+            {"200": _response("A page, newest first.", {"application/json": {"schema": letters}})}
+            | _errors(problem, ("unknown_parameter", "repeated_parameter", "invalid_time", "invalid_limit", "invalid_cursor")),
+        ),
+        "/api/v1/deadletters/{id}": _get(
+            "deadletter",
+            "One dead letter with its bytes",
+            [{"name": "id", "in": "path", "description": "Of a letter.", "required": True, "schema": {"type": "integer"}}],
+            {"200": _response("The letter.", {"application/json": {"schema": letter}})} | _errors(problem, ("not_found",)),
         ),
         "/livez": _get(
             "livez",
