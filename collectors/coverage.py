@@ -264,11 +264,22 @@ def gap_row(gap: Gap, state: int, *, first: int, last: int, start_us: int, end_u
     )
 
 
+def _newest_of_each_gap(rows: Array) -> Array:
+    """Places of the last row of each (symbol, gap_id), ascending."""
+    names = rows[::-1][:, [COLUMNS.index("symbol_code"), COLUMNS.index("gap_id")]]
+    _, last = np.unique(names, axis=0, return_index=True)
+    return np.sort(len(rows) - 1 - last)
+
+
 def ledger_frames(batcher: Batcher, blocks: Sequence[Array], receive_time_us: int) -> list[tuple[str, int, Frame]]:
-    """Frames of topic ``gaps``, one a partition that has rows: (topic, partition, frame)."""
+    """Frames of topic ``gaps``, one a partition that has rows: (topic, partition, frame).
+
+    Of several rows of a gap only the last goes out: the newest is valid, and readers tell rows of one record apart by nothing.
+    """
     rows = np.concatenate(blocks) if blocks else np.empty((0, len(COLUMNS)), np.int64)
     if not len(rows):
         return []
+    rows = rows[_newest_of_each_gap(rows)]
     partitions = batcher.partitions_of(rows[:, 0])
     frames = []
     for partition in np.unique(partitions).tolist():
