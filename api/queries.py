@@ -56,7 +56,8 @@ def _newest_revision(key: SeriesKey, direction: str = "") -> str:
     name = KEY[key.channel]
     if not key.timeframe_s:
         return f"ORDER BY {name} {direction}"
-    return f"ORDER BY {name} {direction}, revision DESC LIMIT 1 BY {name}"
+    # the repair and the worker may publish one revision each (a bar the repair closed while the worker was away): the later one is valid
+    return f"ORDER BY {name} {direction}, revision DESC, kafka_offset DESC LIMIT 1 BY {name}"
 
 
 def _page_where(page: Page) -> tuple[str, dict[str, Any]]:

@@ -19,37 +19,27 @@ from prometheus_client import Counter, Gauge
 
 from infra.errors import MarketstreamError, UnreachableError
 from infra.health import HealthServer
-from infra.kafka import FrameProducer, committed_offsets, end_offsets
+from infra.kafka import FrameProducer
 from infra.logs import setup_logging
-from infra.newest_bars import newest_worker_bars
-from infra.progress import SINK_GROUP
 from infra.registry_client import RegistryClient
 from infra.repair_jobs import Job, RepairJobs
+from infra.repair_settle import Settler
 from infra.repair_triggers import Triggers
 from infra.seam import SystemClock
 from infra.settings import Settings, load_settings
 from infra.watchdog import Monitor, Waiting
-from schemas.frames import Frame
 from schemas.partitions import partition_of
 from schemas.seam import Clock
-from schemas.topics import TOPICS
 
 if TYPE_CHECKING:
-    from infra.repair_run import Columns, Outcome, SymbolRun
+    from infra.repair_publish import BarPublisher
+    from infra.repair_run import Outcome, SymbolRun
 
 logger = logging.getLogger(__name__)
 
-SOURCE: Final = "repair"
-"""Source of its frames of bars; they have no input offset."""
-_WAITS_FOR: Final = ("trades", "bars", "gaps", "quarantine")
-_FRAME_ROWS: Final = 4_096
 _POLL_S: Final = 1.0
 _WATCH_S: Final = 5.0
 """A job whose notification was lost is seen after this."""
-_SETTLE_S: Final = 10.0
-_SETTLE_POLL_S: Final = 0.1
-_FRESH_US: Final = 10_000_000
-"""What was settled longer ago is asked anew: bars that closed since are to be compared too."""
 _LOOK_AGAIN_US: Final = 2_000_000
 _VOUCHER_US: Final = 5_000_000
 _LONGEST_US: Final = 600_000_000
@@ -81,11 +71,11 @@ class RepairProcess:
         self._clock = clock
         self._jobs = RepairJobs(settings)
         self._stopped = asyncio.Event()
+        self._leads = asyncio.Event()
         self._trouble: dict[str, str] = {"start": "The repair is starting."}
         self._client: Any = None
-        self._producer: FrameProducer | None = None
-        self._twin: Any = None
-        self._settled_us: dict[int, int] = {}  # partition -> everything published before this is stored
+        self._publisher: BarPublisher | None = None
+        self._settler = Settler(settings.kafka, registry, clock)
         self._published_us: dict[str, int] = {}  # instrument key -> when it published last
         self._done = 0
         self._due = 0
@@ -139,12 +129,13 @@ class RepairProcess:
     # -- records to jobs
 
     async def _listen(self) -> None:
+        await self._leads.wait()
         triggers = await asyncio.to_thread(Triggers, self._settings.kafka, self._registry)
         try:
             await asyncio.to_thread(triggers.open)
             async with RepairJobs(self._settings) as jobs:
                 self._trouble.pop("triggers", None)
-                while not self._stopped.is_set():
+                while self._leads.is_set():
                     wanted = await asyncio.to_thread(triggers.read, _POLL_S)
                     if wanted:
                         await jobs.add(wanted)
@@ -159,12 +150,14 @@ class RepairProcess:
     async def _work(self) -> None:
         jobs = self._jobs
         await jobs.open()
+        self._trouble.pop("start", None)
+        self._leads.clear()
         while not await jobs.try_lead():  # another process works on them; this one takes over when it ends
-            self._trouble.clear()
+            self._trouble.pop("postgres", None)
             await self._clock.sleep(_RETRY_S)
+        self._leads.set()
         await jobs.forget_old()
         await jobs.listen()
-        self._trouble.pop("start", None)
         self._trouble.pop("postgres", None)
         while not self._stopped.is_set():
             now_us = self._clock.now_us()
@@ -209,7 +202,8 @@ class RepairProcess:
     async def _reconcile(self, due: Sequence[Job]) -> None:
         key = due[0].key
         partition = partition_of(key, self._settings.kafka.partitions)
-        behind = "" if self._is_settled(partition, due) else await self._settle(partition)
+        since_us = max(max(job.created_us for job in due) + _US, self._published_us.get(key, 0))
+        behind = "" if self._settler.covers(partition, since_us) else await self._settler.settle(partition)
         if behind:
             await self._jobs.save([job.id for job in due], state="pending", due_us=self._clock.now_us() + _LOOK_AGAIN_US, note=behind)
             return
@@ -256,39 +250,6 @@ class RepairProcess:
             note, due_us = "Bars that are still open; nothing moves.", min(max(left_us + SETTLE_US, now_us + _US), now_us + _STILL_US)
         await self._jobs.save([job.id], state="pending", due_us=due_us, until_us=until_us, note=note)
 
-    def _is_settled(self, partition: int, due: Sequence[Job]) -> bool:
-        """Whether an earlier wait covers these jobs: after an outage a thousand symbols ask at once, and a wait asks the broker four times."""
-        settled_us, now_us = self._settled_us.get(partition, 0), self._clock.now_us()
-        asked_us = max(job.created_us for job in due) + _US
-        return settled_us >= max(now_us - _FRESH_US, asked_us, self._published_us.get(due[0].key, 0))
-
-    async def _settle(self, partition: int) -> str:
-        """Wait until all that is in the partition now has its bars and is stored; one sentence when that takes too long, else ''."""
-        kafka = self._settings.kafka
-        places = {name: partition if TOPICS[name].per_partition else 0 for name in _WAITS_FOR}
-        trades = (await asyncio.to_thread(end_offsets, kafka, ["trades"]))["trades"][partition]
-        until_us = self._clock.monotonic_us() + round(_SETTLE_S * _US)
-        codec = self._registry.frame_codec("bars")
-        asked_us = self._clock.now_us()
-        while True:
-            newest = await asyncio.to_thread(newest_worker_bars, kafka, self._registry, codec, partition)
-            made = -1 if newest is None else newest.input_offset
-            if made >= trades - 1:
-                break
-            if self._clock.monotonic_us() >= until_us:
-                return f"The worker is {trades - 1 - made:,} records behind: what it has not seen cannot be compared."
-            await self._clock.sleep(_SETTLE_POLL_S)
-        ends = await asyncio.to_thread(end_offsets, kafka, _WAITS_FOR)
-        while True:
-            stored = await asyncio.to_thread(committed_offsets, kafka, SINK_GROUP, _WAITS_FOR)
-            lacking = sum(max(ends[name][place] - max(stored[name][place], 0), 0) for name, place in places.items())
-            if not lacking:
-                self._settled_us[partition] = asked_us
-                return ""
-            if self._clock.monotonic_us() >= until_us:
-                return f"The sink is {lacking:,} records behind: what is not stored cannot be compared."
-            await self._clock.sleep(_SETTLE_POLL_S)
-
     def _run_of(self, job: Job) -> SymbolRun:
         # here, not at the top: Arrow, the ClickHouse client and the kernel are 120 MB that a stack without repairs does not need
         from infra.clickhouse.client import connect
@@ -300,45 +261,19 @@ class RepairProcess:
         reader = RepairReader(self._client, job.exchange, job.symbol, self._settings.repair.page_rows)
         return SymbolRun(reader, self._settings.worker.timeframes, self._clock.now_us())
 
-    # -- publishing
-
     async def _publish(self, key: str, partition: int, outcome: Outcome) -> int:
-        """Send what differs, frames and rows, and wait for the acknowledgement; how many bars it was."""
+        """Publish what differs; how many bars it was."""
         count = len(outcome.rows["open"])
         if not count:
             return 0
-        if self._producer is None:
-            from streams.row_twin import RowTwin
+        if self._publisher is None:
+            from infra.repair_publish import BarPublisher
 
-            self._producer = FrameProducer(self._settings.kafka, self._registry)
-            self._twin = RowTwin(self._registry.row_codec("bars.rows"))
-        for start in range(0, count, _FRAME_ROWS):
-            columns = {name: column[start : start + _FRAME_ROWS] for name, column in outcome.rows.items()}
-            await self._send(key, partition, columns)
-        for newest in outcome.newest:  # the twin is compacted: the last row of a key is to be its newest bar
-            await self._send_rows(key, partition, int(newest["input_offset"][0]), newest)
-        await self._producer.flush()
+            self._publisher = BarPublisher(FrameProducer(self._settings.kafka, self._registry), self._registry)
+        await self._publisher.publish(key, partition, outcome)
         self._published_us[key] = self._clock.now_us()
         REVISED.inc(count)
         return count
-
-    async def _send(self, key: str, partition: int, columns: Columns) -> None:
-        import numpy as np
-
-        assert self._producer is not None
-        codes = np.zeros(len(columns["open"]), np.int32)
-        await self._producer.send(
-            "bars", partition, Frame(source=SOURCE, watermark_us=0, symbols=(key,), columns={"symbol_code": codes, **columns})
-        )
-        await self._send_rows(key, partition, -1, columns)
-
-    async def _send_rows(self, key: str, partition: int, offset: int, columns: Columns) -> None:
-        import numpy as np
-
-        assert self._producer is not None
-        bars = {"symbol_code": np.zeros(len(columns["open"]), np.int32), **columns}
-        for record in self._twin.records(partition, offset, (key,), bars):
-            await self._producer.send_raw(record.topic, record.partition, record.key, record.value)
 
     def _as_unreachable(self, exc: Exception) -> UnreachableError | None:
         """What a server that is away raised, as one sentence; None for anything else."""

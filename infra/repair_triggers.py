@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Final
@@ -42,7 +43,7 @@ _DECIDED: Final = (2, 3, 4)
 
 
 class Triggers:
-    """The consumer. Blocking; one thread."""
+    """The consumer. Blocking; calls from several threads wait for each other."""
 
     def __init__(self, settings: KafkaSettings, registry: RegistryClient) -> None:
         self._settings = settings
@@ -52,6 +53,7 @@ class Triggers:
         }
         self._consumer = Consumer(consumer_config(settings, GROUP, **_QUIET))
         self._read: dict[tuple[str, int], int] = {}
+        self._lock = threading.Lock()  # a read that was given up goes on in its thread: it must not be closed under way
 
     def open(self) -> None:
         """Go on where the group has committed. Raises UnreachableError."""
@@ -74,7 +76,9 @@ class Triggers:
     def read(self, timeout_s: float) -> list[Wanted]:
         """Jobs that follow from the next records; [] when there are none in time. Call :meth:`commit` when they are stored."""
         wanted: list[Wanted] = []
-        for message in self._consumer.consume(500, timeout_s):
+        with self._lock:
+            messages = self._consumer.consume(500, timeout_s)
+        for message in messages:
             if message.error():
                 raise unreachable(self._settings, KafkaException(message.error()))
             name = message.topic().removeprefix(self._settings.topic_prefix)
@@ -96,7 +100,8 @@ class Triggers:
 
     def close(self) -> None:
         """Leave."""
-        self._consumer.close()
+        with self._lock:
+            self._consumer.close()
 
     def _of(self, name: str, trigger: str, value: bytes) -> Iterator[Wanted]:
         codec = self._codecs[name]

@@ -45,7 +45,7 @@ async def test_a_hole_marks_its_bars_and_its_filling_makes_them_whole_again(chai
     await feed.send(after, flags=END_OF_SOURCE)
     first = chain.newest("HOLE-USDT")
     await feed.gap(1, start_us, end_us, GAP_UNFILLABLE)
-    (job,) = await chain.until_done("HOLE-USDT", 1)
+    (job,) = await chain.until_reconciled("HOLE-USDT", 1)
     assert (job.reason, job.start_us, job.end_us) == ("gap_unfillable", start_us, end_us + 1)
     marked = chain.newest("HOLE-USDT")
     touched = (pl.col.close_time_us > start_us) & (pl.col.open_time_us <= end_us)
