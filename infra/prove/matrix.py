@@ -41,7 +41,8 @@ class Cell:
     test: str
 
 
-_CELLS = "tests/integration/test_fault_cells.py::test_a_fault_of_one_part_is_survived_without_a_hand"
+CELLS_FILE: Final = "tests/integration/test_fault_cells.py"
+_CELLS = CELLS_FILE + "::test_a_fault_of_one_part_is_survived_without_a_hand"
 _EXCHANGE = "tests/integration/test_collector_exchange.py::"
 _REFUSALS = "tests/integration/test_collector_refusals.py::"
 _CERTIFICATES = "tests/integration/test_fault_certificates.py::"
@@ -133,6 +134,19 @@ CELLS: Final[tuple[Cell, ...]] = (
     # Supervisor.
     _cell("supervisor", "kill", "kill -9 of the supervisor", "No process of it survives; the next start works and continues from the data.", "tests/integration/test_stack_supervisor.py::test_no_process_survives_kill_9_of_the_supervisor_and_the_next_up_works"),
     _cell("supervisor", "disk full", "less than 512 MB free at the start", "Nothing is started; one sentence with the folder and the bytes.", "tests/infra/test_datadir.py::test_too_little_space_is_refused_before_anything_starts"),
+    _cell("supervisor", "pause", "a worker is stopped (SIGSTOP) for good", "The watchdog finds that its offset stands still and starts it again; bars go on at the snapshot.", "tests/integration/test_supervision.py::test_a_worker_that_is_stopped_is_found_and_started_again"),
+    _cell("kafka", "partition", "the broker is stopped for a while (minutes in the full form)", "Collectors spool, everybody names the broker, nobody is restarted, all of it arrives in order after.", "tests/integration/test_supervision.py::test_a_broker_that_is_away_costs_no_trade"),
+    _cell("clickhouse", "partition", "ClickHouse is away for as long", "Topics hold what the sink cannot store; the sink and the API name it, the others go on.", "tests/integration/test_supervision.py::test_a_clickhouse_that_is_away_costs_no_row"),
+    _cell("collector", "kill", "kill -9 and SIGTERM while the broker is away", "The spool is sent first, what nobody listened to is fetched.", "tests/integration/test_supervision.py::test_ends_while_the_broker_is_away_lose_nothing"),
+    _cell("collector", "disk full", "a spool of 1 MB under 6,000 trades/s without a broker", "Reading stops, readiness says so, memory stays; in the end no id is missing.", "tests/integration/test_spool_stack.py::test_a_full_spool_stops_reading_and_what_was_missed_is_fetched"),
+    _cell("collector", "kill", "kill -9 in the middle of a long fetch", "The next process goes on from there.", "tests/integration/test_collector_ledger.py::test_a_long_gap_is_fetched_further_by_the_process_after_a_kill"),
+    _cell("repair", "kill", "kill -9 between publishing and done", "The next process finds what was published, compares, and publishes nothing twice.", "tests/integration/test_repair.py::test_killed_between_publishing_and_done_it_publishes_nothing_twice"),
+    _cell("repair", "venue", "a trade too late for the worker", "It is stored and dead-lettered; its bar is made anew with it.", "tests/integration/test_repair.py::test_a_trade_too_late_for_the_worker_is_in_its_bar_in_the_end"),
+    _cell("backfill", "kill", "kill -9 in the middle", "Run again it goes on where the broker had acknowledged; each trade is stored once.", "tests/integration/test_backfill.py::test_killed_in_the_middle_and_run_again_it_stores_each_trade_once_and_makes_its_bars"),
+    _cell("every consumer", "poison record", "records of every kind that cannot be read, in every topic", "What follows them is processed by everybody.", "tests/integration/test_poison.py::test_what_follows_a_poison_record_is_processed_by_every_consumer"),
+    _cell("every consumer", "poison record", "well-formed frames that say what cannot be", "They pass worker, sink, repair and API; what follows is stored.", "tests/integration/test_poison.py::test_frames_that_say_what_cannot_be_stop_nobody"),
+    _cell("registry", "poison record", "damaged records in its topic", "They are skipped; those around them are known after a start.", "tests/integration/test_poison.py::test_the_registry_reads_on_past_damaged_schema_records"),
+    _cell("worker", "poison record", "damaged records in the topic of its snapshots", "The newest whole snapshot is found behind them.", "tests/integration/test_poison.py::test_a_snapshot_is_found_behind_damaged_state_records"),
 )  # fmt: skip
 
 

@@ -38,7 +38,11 @@ FULL = os.environ.get("PROVE_DAY", "short") == "full"
 FOLDER = Path(__file__).parents[3] / "shared" / "data" / "ws" / "binance"
 PASSES = 133 if FULL else 1
 STRETCH_US = 651_000_000
+LATENESS_ROWS = 60
+"""A shuffled trade comes up to so many trades of its symbol after its turn. The bars remember a bounded number of id holes a symbol; beyond it
+a trade is given to the repair, which is another test's matter."""
 LATENESS_US = 2_000_000
+"""In files, where the reader sorts."""
 FRAME_ROWS = 2_000
 RECORDINGS = {
     "BTC-USDT": ("spot_btcusdt_20240808", "spot_btcusdt_20240809"),
@@ -85,13 +89,12 @@ def market() -> dict[str, pl.DataFrame]:
 
 
 def frames_of(symbol: str, trades: pl.DataFrame, *, shuffle: Random | None = None, rows: int = FRAME_ROWS) -> Iterator[Frame]:
-    """Trades as frames of one source. Shuffled: each row comes up to two seconds after its turn; watermarks say what may still come."""
+    """Trades as frames of one source. Shuffled: each row comes up to 60 rows after its turn; watermarks say what may still come."""
     time_us = trades["exchange_time_us"].to_numpy()
     order = np.lexsort((trades["trade_id"].to_numpy(), time_us))
     if shuffle is not None:
-        order = np.argsort(
-            time_us + np.random.Generator(np.random.PCG64(shuffle.getrandbits(63))).integers(0, LATENESS_US, len(time_us)), kind="stable"
-        )
+        turn = np.arange(len(order)) + np.random.Generator(np.random.PCG64(shuffle.getrandbits(63))).integers(0, LATENESS_ROWS, len(order))
+        order = order[np.argsort(turn, kind="stable")]
     columns = {name: trades[name].to_numpy()[order] for name in trades.columns}
     columns["receive_time_us"] = columns["exchange_time_us"].copy()
     columns["symbol_code"] = np.zeros(len(order), np.int32)
