@@ -170,19 +170,20 @@ class Batcher:
     def _build(self, partition: int, parts: list[dict[str, Array]], watermark_us: int | None) -> list[Frame]:
         """Frames of a partition's rows and notices, at least one."""
         before = self._promised[partition] or 0  # 0: nothing is promised yet
-        frames = self._frames_of(concat_columns(parts), self.source, 0, before) if parts else []
-        if not frames:
-            frames.append(Frame(source=self.source, watermark_us=before))
+        # only the last frame may carry the new watermark: the rows of the later ones are still to come
+        promised = before if watermark_us is None else self._promise(partition, watermark_us)
+        if parts:
+            frames = self._frames_of(concat_columns(parts), self.source, 0, before, promised)
+        else:
+            frames = [Frame(source=self.source, watermark_us=promised)]
         notices, self._notices[partition] = self._notices[partition], []
         if notices:
             frames[0] = self._with_notices(frames[0], [notice for notice in notices if notice.state == GAP_OPEN])
             frames[-1] = self._with_notices(frames[-1], [notice for notice in notices if notice.state != GAP_OPEN])
-        if watermark_us is not None:
-            # only the last frame may carry the new watermark: the rows of the later ones are still to come
-            frames[-1] = replace(frames[-1], watermark_us=self._promise(partition, watermark_us))
         return frames
 
-    def _frames_of(self, columns: dict[str, Array], source: str, flags: int, watermark_us: int = 0) -> list[Frame]:
+    def _frames_of(self, columns: dict[str, Array], source: str, flags: int, watermark_us: int = 0, last_us: int = 0) -> list[Frame]:
+        """Frames of one partition's rows, all with ``watermark_us`` but the last, which has ``last_us``."""
         rows = len(columns["symbol_code"])
         frames = []
         for start in range(0, rows, self._frame_rows):
@@ -192,7 +193,8 @@ class Batcher:
             self._remap[present] = np.arange(len(present), dtype=np.int32)
             part = {**part, "symbol_code": self._remap[part["symbol_code"]]}
             symbols = tuple([self._keys[code] for code in present.tolist()])
-            frames.append(Frame(source=source, watermark_us=watermark_us, symbols=symbols, columns=part, flags=flags))
+            mark_us = last_us if stop == rows else watermark_us
+            frames.append(Frame(source=source, watermark_us=mark_us, symbols=symbols, columns=part, flags=flags))
         return frames
 
     def _with_notices(self, frame: Frame, notices: list[GapNotice]) -> Frame:

@@ -105,6 +105,7 @@ class Coverage:
         self._outage_evidence = np.empty(0, np.int64)
         self._outage_mark = np.empty(0, np.int64)  # the watermark when it began; bars beyond it may have closed since
         self._watched = np.empty(0, np.bool_)
+        self._unbegun = 0  # watched symbols without an interval
         self._ticked_us: int | None = None
         self.outages = 0
         """Symbols that are lost now."""
@@ -118,26 +119,35 @@ class Coverage:
         self._since[code] = self._until[code] = self._written[code] = since_us
         self._interval[code] = interval_id
         self._watched[code] = True
+        self._unbegun = self._count_unbegun()
 
     def forget(self, code: int) -> None:
         """The symbol is no longer collected; :meth:`grow` it before."""
         self._watched[code] = False
         self._since[code] = -1
+        self._unbegun = self._count_unbegun()
         if self._outage[code] >= 0:
             self._outage[code] = -1
             self.outages -= 1
 
     def began(self, codes: Array, times_us: Array) -> None:
         """Rows came; symbols without an interval begin theirs with their first row. ``codes``, ``times_us``: of each row."""
-        fresh = self._since[codes] < 0
+        if not self._unbegun:
+            return
+        fresh = (self._since[codes] < 0) & self._watched[codes]
         if fresh.any():
             codes, times_us = codes[fresh][::-1], times_us[fresh][::-1]
             self._since[codes] = self._until[codes] = self._written[codes] = times_us  # reversed: the first row is the last to be set
+            self._unbegun = self._count_unbegun()
 
     def began_quietly(self, watermark_us: int) -> None:
         """The feed is live: symbols that have not traded yet are covered from here on."""
         fresh = self._watched & (self._since < 0)
         self._since[fresh] = self._until[fresh] = self._written[fresh] = watermark_us
+        self._unbegun = 0
+
+    def _count_unbegun(self) -> int:
+        return int(np.count_nonzero(self._watched & (self._since < 0)))
 
     @property
     def watched(self) -> Array:
