@@ -10,8 +10,6 @@ from api.queries import JSON_SETTINGS, Query, series_where
 from api.rows import COLUMNS, KEY, SELECT, TIME
 from api.sessions import KNOWN, Session
 
-_DAY_US: Final = 86_400_000_000
-"""Trades are never accepted further ahead of the time they were received than this (``BarConfig.max_future_us``)."""
 _US: Final = 1_000_000
 
 
@@ -49,26 +47,46 @@ def rows_after(session: Session, key: SeriesKey, place: Place, stop_us: int, lim
 
     ``place.row`` rows of the first place are among them. Of the ``market`` clock each bar is there once, in its newest revision.
     """
-    channel = key.channel
+    parameters: dict[str, Any] = {"from": place.appear_us, "tie": place.tie, "stop": stop_us, "limit": limit, "known": session.pinned_us}
+    inner, more = (_known if session.clock == KNOWN else _market)(key, place.appear_us, stop_us)
+    parameters |= more
+    order = "WHERE a < {stop:Int64} AND (a > {from:Int64} OR (a = {from:Int64} AND t >= {tie:Int64})) "
+    order += f"ORDER BY a, t, {KEY[key.channel]} LIMIT {{limit:UInt64}} SETTINGS {JSON_SETTINGS}"
+    return f"SELECT a, t, r, {SELECT[key.channel]} FROM ({inner}) {order}", parameters
+
+
+def _known(key: SeriesKey, from_us: int, stop_us: int) -> Query:
+    """Rows that may appear in a window by when they were known: two disjoint reads, each cut short by an index of its own.
+
+    Rows known in the window, whatever their time; and rows known before it whose own time lies in it: a venue's clock that is ahead, or a
+    release that did not note when it published. One condition for both would read half the series: 1,056 granules instead of 2.
+    """
+    channel, time = key.channel, TIME[key.channel]
+    appear = f"greatest(known_at_us, {time})"
+    if key.timeframe_s:  # such a release published a bar no sooner than it closed
+        appear = f"if(known_at_us > 0, {appear}, close_time_us)"
     where, parameters = series_where(key)
-    name, time = KEY[channel], TIME[channel]
-    parameters |= {"from": place.appear_us, "tie": place.tie, "stop": stop_us, "limit": limit, "known": session.pinned_us}
-    where += " AND known_at_us <= {known:Int64}"
-    if session.clock == KNOWN:
-        appear, tie = _known_time(channel), "kafka_offset"
-        where += f" AND (known_at_us >= {{early:Int64}} OR known_at_us = 0) AND known_at_us < {{stop:Int64}} AND {time} < {{stop:Int64}}"
-        parameters["early"] = place.appear_us - _DAY_US
-        distinct = ""
-    else:
-        width_us = key.timeframe_s * _US
-        appear, tie = ("close_time_us" if width_us else time), "0"
-        where += f" AND {time} >= {{first:Int64}} AND {time} < {{last:Int64}}"
-        parameters |= {"first": place.appear_us - width_us, "last": stop_us - width_us}
-        distinct = f"ORDER BY {name}, revision DESC LIMIT 1 BY {name}" if width_us else ""
-    revision = "revision" if key.timeframe_s else "0"
-    inner = f"SELECT {appear} AS a, toInt64({tie}) AS t, {revision} AS r, {COLUMNS[channel]} FROM {channel} WHERE {where} {distinct}"
-    order = f"WHERE a < {{stop:Int64}} AND (a > {{from:Int64}} OR (a = {{from:Int64}} AND t >= {{tie:Int64}})) ORDER BY a, t, {name}"
-    return f"SELECT a, t, r, {SELECT[channel]} FROM ({inner}) {order} LIMIT {{limit:UInt64}} SETTINGS {JSON_SETTINGS}", parameters
+    where += f" AND known_at_us <= {{known:Int64}} AND {time} < {{stop:Int64}}"
+    select = f"SELECT {appear} AS a, toInt64(kafka_offset) AS t, {_revision(key)} AS r, {COLUMNS[channel]} FROM {channel} WHERE {where}"
+    known = f"{select} AND known_at_us >= {{from:Int64}} AND known_at_us < {{stop:Int64}}"
+    ahead = f"{select} AND known_at_us < {{from:Int64}} AND {time} >= {{first:Int64}}"
+    return f"{known} UNION ALL {ahead}", parameters | {"first": from_us - key.timeframe_s * _US}
+
+
+def _market(key: SeriesKey, from_us: int, stop_us: int) -> Query:
+    """Rows that happened in a window, bars by their close, each in its newest revision."""
+    channel, name, time = key.channel, KEY[key.channel], TIME[key.channel]
+    width_us = key.timeframe_s * _US
+    where, parameters = series_where(key)
+    where += f" AND known_at_us <= {{known:Int64}} AND {time} >= {{first:Int64}} AND {time} < {{last:Int64}}"
+    appear = "close_time_us" if width_us else time
+    distinct = f"ORDER BY {name}, revision DESC LIMIT 1 BY {name}" if width_us else ""
+    sql = f"SELECT {appear} AS a, toInt64(0) AS t, {_revision(key)} AS r, {COLUMNS[channel]} FROM {channel} WHERE {where} {distinct}"
+    return sql, parameters | {"first": from_us - width_us, "last": stop_us - width_us}
+
+
+def _revision(key: SeriesKey) -> str:
+    return "revision" if key.timeframe_s else "0"
 
 
 def traded_until(session: Session, now_us: int) -> Query:
@@ -80,10 +98,3 @@ def traded_until(session: Session, now_us: int) -> Query:
         f" GROUP BY exchange, symbol ORDER BY exchange, symbol SETTINGS {JSON_SETTINGS}",
         parameters,
     )
-
-
-def _known_time(channel: str) -> str:
-    """When a row appears in a session of the ``known`` clock; rows of a release that did not note it appear when they were complete."""
-    if channel == "bars":
-        return "if(known_at_us > 0, greatest(known_at_us, open_time_us), close_time_us)"
-    return "greatest(known_at_us, exchange_time_us)"

@@ -26,7 +26,6 @@ from schemas.topics import topic as topic_of
 TOPICS: Final = ("trades", "bars")
 _POLL_S: Final = 0.25
 _READ_ROWS: Final = 20_000
-_DAY_US: Final = 86_400_000_000
 _Place = tuple[int, int, str, str, int, int]
 """Virtual time, tie, exchange, symbol, key and timeframe of the row before."""
 
@@ -83,19 +82,20 @@ def _read(client: Any, topic: str, session: Session, after: _Place, now_us: int)
     is_bars = topic == "bars"
     time, key, frame = ("open_time_us", "open_time_us", "timeframe_s") if is_bars else ("exchange_time_us", "trade_id", "toInt32(0)")
     parameters: dict[str, Any] = dict(zip("ateskf", after, strict=True)) | {"now": now_us, "known": session.known_at_us(now_us)}
-    where = "known_at_us <= {known:Int64}"
-    if session.clock == KNOWN:
-        appear, tie = (f"greatest(known_at_us, {time})", "toInt64(kafka_offset)")
-        where += " AND (known_at_us >= {early:Int64} OR known_at_us = 0)"
-        parameters["early"] = after[0] - _DAY_US
-        distinct = ""
-    else:
-        appear, tie = ("close_time_us" if is_bars else time, "toInt64(0)")
-        distinct = "ORDER BY revision DESC LIMIT 1 BY exchange, symbol, timeframe_s, open_time_us" if is_bars else ""
     names = [name for name in columns_of(topic_of(topic)) if name not in ("partition", "offset", "timeframe")]
-    if is_bars:
-        names.append("timeframe_s")
-    inner = f"SELECT {appear} AS a_us, {tie} AS t_at, {key} AS k_id, {frame} AS f_s, {', '.join(names)}, kafka_partition, kafka_offset FROM {topic} WHERE {where} {distinct}"
+    listed = ", ".join([*names, "timeframe_s"] if is_bars else names)
+    tie = "toInt64(kafka_offset)" if session.clock == KNOWN else "toInt64(0)"
+    appear = f"greatest(known_at_us, {time})" if session.clock == KNOWN else "close_time_us" if is_bars else time
+    select = f"SELECT {appear} AS a_us, {tie} AS t_at, {key} AS k_id, {frame} AS f_s, {listed}, kafka_partition, kafka_offset FROM {topic}"
+    select += " WHERE known_at_us <= {known:Int64}"
+    if session.clock == KNOWN:
+        # two disjoint reads, each cut short by an index of its own, as in api.sessions_queries
+        inner = f"{select} AND known_at_us >= {{a:Int64}} UNION ALL {select} AND known_at_us < {{a:Int64}} AND {time} >= {{a:Int64}}"
+    elif is_bars:
+        first = f"{select} AND open_time_us >= {{a:Int64}} - 86400000000"
+        inner = f"{first} ORDER BY revision DESC LIMIT 1 BY exchange, symbol, timeframe_s, open_time_us"
+    else:
+        inner = f"{select} AND exchange_time_us >= {{a:Int64}}"
     sql = (
         f"SELECT * FROM ({inner}) WHERE a_us <= {{now:Int64}}"
         " AND (a_us, t_at, exchange, symbol, k_id, f_s) > ({a:Int64}, {t:Int64}, {e:String}, {s:String}, {k:Int64}, {f:Int32})"

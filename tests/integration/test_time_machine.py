@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import json
 import signal
 import subprocess
@@ -396,3 +397,30 @@ async def test_unknown_and_stopped_sessions_are_refused_in_one_sentence(machine:
         await sessions.find_session(machine.settings, session.id)
     with pytest.raises(SettingsError, match="not in the past"):
         await machine.session(CLOCK.now_us() + 60 * US)
+
+
+@pytest.mark.parametrize("clock", ["known", "market"])
+async def test_tail_and_export_show_what_a_session_sees(machine: Machine, clock: str, tmp_path: Path) -> None:
+    """From the command line: every bar of the session once and in order, and the same bars in a file."""
+    begin_us, end_us = (machine.began_us, machine.stored_us) if clock == "known" else (1_723_161_250 * US, 1_723_161_650 * US)
+    session = await machine.session(begin_us, until_us=end_us, speed="max", clock_name=clock)
+    held = [bar for bar in machine.bars(timeframe="1s", known_at=machine.stored_us) if bar["close_time_us"] <= end_us]
+    where = "timeframe=1s and symbol=BTC-USDT"
+    shown = await command(machine, "tail", "bars", "--session", session.id, "--where", where, "--json")
+    rows = [json.loads(line) for line in shown.splitlines()]
+    assert [(row["open_time_us"], row["close"]) for row in rows] == [(bar["open_time_us"], bar["close"]) for bar in held]
+    file = tmp_path / "bars.csv"
+    target = ("--exchange", "binance", "--symbol", "BTC-USDT", "--timeframe", "1s", "-o", str(file))
+    await command(machine, "export", "bars", "--session", session.id, *target)
+    with file.open(newline="") as stream:
+        assert [int(row["open_time_us"]) for row in csv.DictReader(stream)] == [bar["open_time_us"] for bar in held]
+
+
+async def command(machine: Machine, *arguments: str) -> str:
+    """What `marketstream ARGUMENTS` prints."""
+    environ = machine.settings.as_environ() | {"PATH": "/usr/bin:/bin"}
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(sys.executable, "-m", "infra.cli.main", *arguments, env=environ, stdout=pipe, stderr=pipe)
+    out, err = await asyncio.wait_for(child.communicate(), 60)
+    assert child.returncode == 0, err.decode()
+    return out.decode()
