@@ -161,11 +161,14 @@ class Verdict:
 class _Source:
     """A source of trades: its slots and when they were last scored."""
 
-    __slots__ = ("frame_number", "members", "receive_us", "scored", "slot_of", "watermark_us")
+    __slots__ = ("frame_number", "members", "receive_us", "scored", "slot_of", "slots", "symbols", "watermark_us")
 
     def __init__(self) -> None:
         self.slot_of: dict[str, int] = {}
         self.members: npt.NDArray[np.int32] | None = None
+        # the dictionary of the last frame, by identity, and what it maps to
+        self.symbols: tuple[str, ...] | None = None
+        self.slots: npt.NDArray[np.int32] = np.zeros(0, np.int32)
         self.watermark_us = 0
         self.receive_us = 0
         self.scored = -1
@@ -211,11 +214,15 @@ class QualityGate:
             size = 1 << (count - 1).bit_length()
             self._events, self._bands = np.empty((size, 4), np.int64), np.empty((size, 2), np.float64)
         self._set_limits(source.watermark_us, history=bool(frame.flags & HISTORY))
-        slot_of = source.slot_of
-        slots = np.fromiter(map(slot_of.get, frame.symbols, repeat(_UNMAPPED)), np.int32, len(frame.symbols))
+        slots = source.slots
+        if source.symbols is not frame.symbols:
+            slots = np.fromiter(map(source.slot_of.get, frame.symbols, repeat(_UNMAPPED)), np.int32, len(frame.symbols))
+            source.symbols, source.slots = frame.symbols, slots
         found = k.check_rows(self._qf, self._qi, rows, slots, self._limits, self._par, self._events, self._bands)
         if found < 0:
             self._assign(source, frame.symbols, slots)
+            if len(slots) and int(slots.min()) == _UNCHECKED:
+                source.symbols = None  # asked for again with the next frame, as by a gate that was restored
             found = k.check_rows(self._qf, self._qi, rows, slots, self._limits, self._par, self._events, self._bands)
         return self._verdict(frame, found) if found else None
 

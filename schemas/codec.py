@@ -32,6 +32,7 @@ _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "int32-le": np.dtype("<i4"),
     "int8-le": np.dtype("i1"),
 }
+_MAX_DICTIONARIES: Final = 256
 _HEAD_FIELDS: Final = ("source", "watermark_us", "input_offset", "flags", "row_count", "symbols")
 
 # What fastavro lets escape on hostile bytes, found by fuzzing it (tests/schemas/test_codec.py).
@@ -156,6 +157,7 @@ class FrameCodec(_Codec):
         self.dtypes = frame_dtypes(self._text)
         self._fills = frame_fills(self._text)
         self._has_gaps = any(field["name"] == "gaps" for field in json.loads(self._text)["fields"])
+        self._dictionaries: dict[tuple[int, str, str], tuple[str, ...]] = {}
 
     def encode(self, frame: Frame) -> bytes:
         """Bytes of ``frame``.
@@ -198,7 +200,7 @@ class FrameCodec(_Codec):
         """
         record = self._decode(data)
         rows = record["row_count"]
-        symbols = tuple(record["symbols"])
+        symbols = self._shared(tuple(record["symbols"]))
         columns: dict[str, np.ndarray[Any, Any]] = {}
         for name, dtype in self.dtypes.items():
             raw = record[name]
@@ -225,6 +227,22 @@ class FrameCodec(_Codec):
             flags=record["flags"],
             gaps=gaps,
         )
+
+    def _shared(self, symbols: tuple[str, ...]) -> tuple[str, ...]:
+        """The same tuple for the same symbols, so that readers can tell by identity that they know a dictionary.
+
+        Of 250 symbols comparing costs 5 us, looking each up in two dictionaries 35 us.
+        """
+        if not symbols:
+            return symbols
+        place = (len(symbols), symbols[0], symbols[-1])
+        known = self._dictionaries.get(place)
+        if known == symbols:
+            return known
+        if len(self._dictionaries) >= _MAX_DICTIONARIES:
+            self._dictionaries.clear()
+        self._dictionaries[place] = symbols
+        return symbols
 
 
 class RowCodec(_Codec):

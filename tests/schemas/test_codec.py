@@ -201,3 +201,20 @@ def test_gap_notices_travel_with_the_trades_and_one_outside_the_dictionary_is_re
     assert CODEC.decode(CODEC.encode(trades(gaps=(notice,)))).gaps == (notice,)
     with pytest.raises(DecodeError, match="symbol code"):
         CODEC.decode(CODEC.encode(trades(gaps=(notice._replace(symbol_code=2),))))
+
+
+def test_equal_dictionaries_decode_to_the_same_tuple() -> None:
+    """Readers tell by identity that they know a dictionary; another one, also of the same ends and length, is itself; memory is bounded."""
+    codec = FrameCodec("trades", 1)
+
+    def decoded(*symbols: str) -> tuple[str, ...]:
+        return codec.decode(codec.encode(Frame(source="s", watermark_us=0, symbols=symbols))).symbols
+
+    first = decoded("a", "b", "c")
+    assert decoded("a", "b", "c") is first
+    assert decoded("a", "x", "c") == ("a", "x", "c")
+    assert decoded("a", "b", "c") == first
+    assert decoded() == ()
+    for number in range(1_000):
+        assert decoded(f"s{number}") == (f"s{number}",)
+    assert len(codec._dictionaries) <= 256
