@@ -340,7 +340,8 @@ def open_spool(settings: Settings) -> Iterator[Spool]:
     """This collector's spool, with what an earlier process left in it. Raises DataDirError, DiskFullError."""
     files = DiskFiles(settings.data_dir / "spool" / f"{settings.kafka.topic_prefix}{settings.collector.exchange}")
     try:
-        spool = Spool(files, SpoolConfig(max_bytes=settings.collector.spool_max_mb * 1_000_000))
+        most = settings.collector.spool_max_mb * 1_000_000
+        spool = Spool(files, SpoolConfig(max_bytes=most, segment_bytes=min(SpoolConfig().segment_bytes, most // 8)))
         found = spool.open()
         if found.cut_bytes:
             logger.warning("%d bytes of the spool were torn and cut off; what they held is fetched by id.", found.cut_bytes)

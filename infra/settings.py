@@ -159,7 +159,7 @@ class CollectorSettings:
     spool_max_mb: int = option(
         2048,
         "disk the spool may take while the broker is away, MB; an hour of 10,000 trades/s. Full: reading stops",
-        low=17,
+        low=1,
         high=1_000_000,
     )
     rest_url: str = option("", "REST address; empty: the venue's own", check=_url_check)
