@@ -24,6 +24,8 @@ from schemas.topics import TOPICS
 RETRY_US: Final = 100_000
 """A producer whose request failed sends it again after this."""
 MAX_BATCH: Final = 500
+MAX_QUEUED: Final = 1_000
+"""Records that wait in a producer; it takes no more then."""
 Place = tuple[str, int]
 """(topic, partition)."""
 
@@ -278,17 +280,36 @@ class SimProducer:
 
     # -- as FrameProducer
 
-    async def send(self, topic_name: str, partition: int, frame: Frame) -> None:
-        """See FrameSink."""
+    def encode(self, topic_name: str, frame: Frame) -> bytes:
+        """See Outlet."""
         codec = self._codecs[topic_name]
         assert isinstance(codec, FrameCodec)
-        self.produce(topic_name, partition, None, codec.encode(frame))
+        return codec.encode(frame)
 
-    async def send_row(self, topic_name: str, key: str, row: Mapping[str, Any], partition: int = 0) -> None:
-        """One row record."""
+    def encode_row(self, topic_name: str, row: Mapping[str, Any]) -> bytes:
+        """See Outlet."""
         codec = self._codecs[topic_name]
         assert isinstance(codec, RowCodec)
-        self.produce(topic_name, partition, key.encode(), codec.encode(row))
+        return codec.encode(row)
+
+    def try_send(self, topic_name: str, partition: int, key: bytes | None, value: bytes) -> bool:
+        """See Outlet."""
+        if self.queued >= MAX_QUEUED:
+            return False
+        self.produce(topic_name, partition, key, value)
+        return True
+
+    def sent_count(self, topic_name: str, partition: int) -> int:
+        """See Outlet."""
+        return self._sent.get((topic_name, partition), 0)
+
+    def acked_count(self, topic_name: str, partition: int) -> int:
+        """See Outlet."""
+        return self._acked.get((topic_name, partition), 0)
+
+    async def send(self, topic_name: str, partition: int, frame: Frame) -> None:
+        """See FrameSink."""
+        self.produce(topic_name, partition, None, self.encode(topic_name, frame))
 
     async def send_raw(self, topic_name: str, partition: int, key: bytes | None, value: bytes) -> None:
         """See Sender."""

@@ -16,6 +16,7 @@ import polars as pl
 from infra.simulation.broker import Place, SimBroker
 from infra.simulation.components import EXCHANGE, SINK_GROUP, describe, frame_codec, row_codec
 from processors.bars import build
+from processors.quality import DISCARDED, HELD
 from schemas.errors import DecodeError
 from schemas.frames import HISTORY, Frame
 from schemas.partitions import partition_of
@@ -24,6 +25,7 @@ from schemas.timeframes import timeframe_seconds
 if TYPE_CHECKING:
     from infra.simulation.world import World
 
+_OUT = (HELD, DISCARDED)
 Columns = dict[str, npt.NDArray[Any]]
 _TRADE: tuple[str, ...] = ("trade_id", "price", "size", "side", "exchange_time_us")
 _BAR: tuple[str, ...] = (
@@ -121,6 +123,18 @@ def live_bars(world: World) -> list[str]:
     return [f"live {line}" for symbol in world.symbols() for line in _bars(world, symbol, past_us=_past_times(world, symbol))]
 
 
+def held_back(world: World, symbol: str) -> npt.NDArray[np.int64]:
+    """Ids of trades that the checks hold back from the bars: the newest word on them in the topic."""
+    key = _key(symbol)
+    states: dict[int, int] = {}
+    for value in world.broker.values("quarantine", partition_of(key, world.broker.partitions)):
+        frame = frame_codec("quarantine").decode(value)
+        if key in frame.symbols:
+            mine = frame.columns["symbol_code"] == frame.symbols.index(key)
+            states |= dict(zip(frame.columns["trade_id"][mine].tolist(), frame.columns["state"][mine].tolist(), strict=True))
+    return np.array(sorted(trade_id for trade_id, state in states.items() if state in _OUT), np.int64)
+
+
 def _past_times(world: World, symbol: str) -> npt.NDArray[np.int64]:
     """Times of the trades of a symbol that came as trades of the past."""
     key = _key(symbol)
@@ -146,6 +160,10 @@ def _right_without_repair(wanted: Columns, past_us: npt.NDArray[np.int64]) -> np
 def _bars(world: World, symbol: str, past_us: npt.NDArray[np.int64] | None = None) -> list[str]:
     """Stored bars equal those built of the truth in one go, as far as the truth has closed them; ``past_us``: but for trades of these times."""
     trades = world.exchange.truth(symbol.replace("-", ""))
+    held = held_back(world, symbol)
+    if len(held):
+        kept = ~np.isin(trades["trade_id"], held)
+        trades = {name: column[kept] for name, column in trades.items()}
     if not len(trades["trade_id"]):
         return []
     frame = pl.DataFrame({"exchange": EXCHANGE, "symbol": symbol, **{name: trades[name] for name in _TRADE}})

@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from random import Random
 from typing import Any, Final
 from zlib import crc32
 
@@ -35,9 +36,12 @@ from infra.clickhouse.schema import TABLES
 from infra.kafka import producer_config
 from infra.settings import KafkaSettings
 from infra.simulation.broker import SimBroker, SimConsumer, SimProducer, SimStateLog
+from infra.simulation.disk import SimDisk
 from infra.simulation.loop import PROCESS, SimClock, VirtualLoop, WouldBlockError
 from infra.simulation.store import SimKnowledge, SimStore
 from infra.simulation.trace import Trace
+from infra.spool import Spool, SpoolConfig
+from infra.spool_sink import SpoolSink, SpoolSinkConfig
 from processors.bars import BarConfig
 from schemas.codec import FrameCodec, RowCodec, decode_learning
 from schemas.errors import DecodeError
@@ -45,6 +49,7 @@ from schemas.frames import Frame
 from schemas.topics import SCHEMA_NAMES, TOPICS
 from streams.bar_shard import BarCodecs
 from streams.deadletters import dead_letter
+from streams.quality_records import QualityCodecs
 from streams.runner import BarRunner
 from streams.sink import Batch, Received, TopicSink
 
@@ -75,6 +80,8 @@ class Tuning:
     snapshot_interval_s: float = 5.0
     sink_linger_s: float = 1.0
     api_poll_s: float = 5.0
+    spool_idle_s: float = 1.0
+    """Between two looks of the spool while it is not needed."""
     page_rows: int = 1_000
     """Trades of one REST page: a few, so that gaps have several."""
 
@@ -89,7 +96,9 @@ class Outside:
     trace: Trace
     tuning: Tuning
     seed: int
-    sink_topics: tuple[str, ...] = ("trades", "bars", "gaps", "deadletter")
+    sink_topics: tuple[str, ...] = ("trades", "bars", "gaps", "quarantine", "deadletter")
+    disk: SimDisk = field(default_factory=lambda: SimDisk(Random(0)))
+    """Of the collector."""
     hooks: dict[str, Any] = field(default_factory=dict)
     """Parts of running processes that the world looks at: collector, runner, stream."""
 
@@ -145,8 +154,8 @@ def no_schema(schema_id: int) -> str:
 class _Letters:
     """`collectors.wire.DeadLetters` straight to the producer."""
 
-    def __init__(self, producer: SimProducer) -> None:
-        self._producer = producer
+    def __init__(self, outlet: SimProducer) -> None:
+        self._producer = outlet
 
     def put(self, *, reason: str, detail: str, exchange: str, symbol: str, place: str, time_us: int, raw: bytes, raw_size: int) -> None:
         """See DeadLetters.put."""
@@ -197,6 +206,12 @@ async def run_collector(outside: Outside) -> None:
     clock = outside.clock("collector")
     await outside.broker_is_up()
     producer = outside.producer(clock)
+    spool = Spool(outside.disk, SpoolConfig(segment_bytes=64 * 1024, min_free_bytes=0))
+    spool.open()
+    sink = SpoolSink(producer, spool, clock, SpoolSinkConfig(idle_s=outside.tuning.spool_idle_s))
+    spooling = asyncio.create_task(sink.run())
+    if sink.is_spooling:  # what an earlier process left is sent before the topics are asked where it was
+        await sink.drained()
     resume = await asyncio.to_thread(last_positions, outside.broker, outside.store)
     host, port = EXCHANGE_PLACE
     venue = replace(venue_of(EXCHANGE, rest_url=f"http://{host}:{port}", ws_url=f"ws://{host}:{port}"), page_rows=outside.tuning.page_rows)
@@ -205,7 +220,7 @@ async def run_collector(outside: Outside) -> None:
         collector = BinanceCollector(
             venue=venue,
             rest=rest,
-            sink=producer,
+            sink=sink,
             dead_letters=_Letters(producer),
             clock=clock,
             config=collector_config(outside.tuning),
@@ -219,7 +234,10 @@ async def run_collector(outside: Outside) -> None:
                 break
             except (VenueError, BreakerOpenError):
                 await clock.sleep(0.5)
-        await running
+        await asyncio.wait({running, spooling}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (running, spooling):
+            if task.done():
+                task.result()
 
 
 # -- worker
@@ -233,6 +251,7 @@ def bar_codecs() -> BarCodecs:
         rows=row_codec("bars.rows"),
         deadletter=row_codec("deadletter"),
         fetch_schema=no_schema,
+        quality=QualityCodecs(quality=frame_codec("quality"), quarantine=frame_codec("quarantine")),
     )
 
 

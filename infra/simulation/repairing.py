@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infra.repair_jobs import Wanted
-from infra.repair_triggers import merge, of_gaps, of_letter
+from infra.repair_triggers import merge, of_gaps, of_letter, of_quarantine
+from infra.simulation.checks import held_back
 from infra.simulation.components import frame_codec, row_codec
 from processors.bars import TRADE_DTYPES
 from processors.reconcile import STORED, Evidence, dense_runs, rebuild, reconcile
@@ -42,6 +43,8 @@ def _wanted(world: World) -> Iterator[Wanted]:
     for partition in range(broker.partitions):
         for offset, value in enumerate(broker.values("gaps", partition)):
             yield from of_gaps(frame_codec("gaps").decode(value), f"gaps/{partition}/{offset}")
+        for offset, value in enumerate(broker.values("quarantine", partition)):
+            yield from of_quarantine(frame_codec("quarantine").decode(value), f"quarantine/{partition}/{offset}")
     for offset, value in enumerate(broker.values("deadletter", 0)):
         yield from of_letter(row_codec("deadletter").decode(value), f"deadletter/0/{offset}")
 
@@ -52,9 +55,12 @@ def _reconcile(world: World, key: str, ranges: list[tuple[int, int]]) -> int:
     if not len(trades["trade_id"]):
         return 0
     order = np.lexsort((trades["trade_id"], trades["exchange_time_us"]))
+    held = held_back(world, key.partition(":")[2])
+    held_us = np.sort(trades["exchange_time_us"][np.isin(trades["trade_id"], held)])
+    order = order[~np.isin(trades["trade_id"][order], held)]
     page = {name: trades[name][order] for name in TRADE_DTYPES if name != "symbol_code"}
     by_id = np.argsort(trades["trade_id"], kind="stable")
-    evidence = Evidence(dense=dense_runs(trades["trade_id"][by_id], trades["exchange_time_us"][by_id]))
+    evidence = Evidence(dense=dense_runs(trades["trade_id"][by_id], trades["exchange_time_us"][by_id]), held_us=held_us)
     rebuilt = rebuild([page], names, world.end_us)
     bars = world.store.rows("bars", key)
     newest = np.lexsort((bars["revision"], bars["open_time_us"], bars["timeframe_s"]))

@@ -28,6 +28,7 @@ from infra.simulation import checks
 from infra.simulation.broker import SimBroker
 from infra.simulation.client import Series, Subscriber
 from infra.simulation.components import EXCHANGE, EXCHANGE_PLACE, Outside, Tuning, run_api, run_collector, run_sink, run_worker
+from infra.simulation.disk import SimDisk
 from infra.simulation.loop import Process, SimClock, VirtualLoop
 from infra.simulation.network import MemoryTransport, Network
 from infra.simulation.repairing import repair
@@ -135,7 +136,7 @@ class World:
         tuning = scenario.tuning
         self.broker = SimBroker(self.loop, Random(f"{seed}/broker"), self.trace, tuning.partitions)
         self.store = SimStore(Random(f"{seed}/store"), self.trace, tuning.partitions)
-        self.outside = Outside(self.loop, self.broker, self.store, self.trace, tuning, seed)
+        self.outside = Outside(self.loop, self.broker, self.store, self.trace, tuning, seed, disk=SimDisk(Random(f"{seed}/disk")))
         self.clock = SimClock(self.loop, f"{seed}/clock")
         self.exchange: SimulatedExchange
         self.subscriber: Subscriber
@@ -292,12 +293,12 @@ class World:
         self.start(name)
         self._watch(name)
 
-    def crash_broker(self) -> None:
+    def crash_broker(self, away_s: float | None = None) -> None:
         """Kill the broker; it comes back some time later."""
         if self.broker.up:
             self.kills["broker"] = self.kills.get("broker", 0) + 1
             self.broker.crash()
-            self.loop.call_later(self.random.uniform(0.2, 2.0), self._restart_broker)
+            self.loop.call_later(away_s or self.random.uniform(0.2, 2.0), self._restart_broker, context=self._context)
 
     def _restart_broker(self) -> None:
         self.broker.restart()
@@ -381,6 +382,11 @@ class World:
         elif kind in ("drop", "duplicate", "reorder"):
             symbol = random.choice(self.exchange.exchange.venues["spot"].market.universe.symbols)
             self.exchange.inject({"fault": kind, "symbol": symbol, "count": random.randint(2, 5)})
+        elif kind == "broker away":
+            self.crash_broker(random.uniform(3.0, 7.0))
+        elif kind == "power cut":
+            self.kill(self.processes["collector"])
+            self.outside.disk.power_cut()
         elif kind in ("again", "poison"):
             self._inject(kind)
         elif kind == "client":
@@ -422,7 +428,7 @@ class World:
     async def _until(self, done: Callable[[], bool], most_s: float) -> bool:
         deadline = self.loop.time() + most_s
         while not done():
-            if self.loop.time() >= deadline:
+            if self.exits or self.loop.time() >= deadline:
                 return False
             await self.clock.sleep(0.25)
         return True
