@@ -6,15 +6,18 @@ Every codec of the process has the texts of that release: it writes with them an
 from __future__ import annotations
 
 import importlib
-import json
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from infra.clickhouse.schema import TABLES, Table
 from infra.registry_client import RegistryClient
 from infra.schema_evolution import released
 from schemas.codec import FrameCodec, RowCodec, schema_text
-from schemas.topics import SCHEMA_NAMES, TOPICS, subject, topic
+from schemas.topics import SCHEMA_NAMES, subject, topic
+
+RESOURCES = Path(__file__).resolve().parents[1] / "resources" / "released"
 
 
 class ReleasedRegistry(RegistryClient):
@@ -53,18 +56,21 @@ def of(release: str) -> type[ReleasedRegistry]:
     return type("Registry", (ReleasedRegistry,), {"release": release})
 
 
+def statements(release: str, database: str) -> list[str]:
+    """The release's own DDL."""
+    text = (RESOURCES / release / "clickhouse.sql").read_text("utf-8").replace("{database}", database)
+    return [statement for part in text.split(";") if (statement := part.strip())]
+
+
 def tables_of(release: str) -> dict[str, Table]:
-    """The tables as that release declared them: without what came later."""
+    """The tables with the columns they had then."""
     found = {}
-    for name, table in TABLES.items():
-        text = released()[release].get(TOPICS[name].schema)
-        if text is None:
-            continue
-        added = {field["name"] for field in json.loads(schema_text(TOPICS[name].schema))["fields"]}
-        added -= {field["name"] for field in json.loads(text)["fields"]}
-        if release == "0.1.0":
-            added.add("known_at_us")
-        found[name] = replace(table, columns=tuple(column for column in table.columns if column[0] not in added), fills={})
+    for statement in statements(release, "then"):
+        created = re.match(r"CREATE TABLE IF NOT EXISTS `then`\.`(\w+)`", statement)
+        if created is not None:
+            columns = set(re.findall(r"^    `(\w+)`", statement, re.MULTILINE))
+            table = TABLES[created[1]]
+            found[created[1]] = replace(table, columns=tuple(column for column in table.columns if column[0] in columns), fills={})
     return found
 
 

@@ -71,11 +71,10 @@ def settings(stack: RunningStack, topic_prefix: str, release: str) -> Settings:
 
 
 def old_tables(settings: Settings, release: str) -> None:
-    """The tables of the release: without the columns that came later."""
+    """The database as the release made it."""
     client = connect(settings.clickhouse, database=None)
-    client.command(f"CREATE DATABASE IF NOT EXISTS `{settings.clickhouse.database}`")
-    for table in old_release.tables_of(release).values():
-        client.command(table.ddl(settings.clickhouse.database))
+    for statement in old_release.statements(release, settings.clickhouse.database):
+        client.command(statement)
     client.close()
 
 

@@ -144,7 +144,7 @@ async def expected(settings: Settings) -> dict[str, list[OutRecord]]:
         await plain_loop.run(runner, messages(settings, "trades"))
     result: dict[str, list[OutRecord]] = {name: [] for name in (*OUTPUTS, "deadletter")}
     for record in recorder.sent:
-        result[record.topic].append(record)
+        result.setdefault(record.topic, []).append(record)
     return result
 
 
