@@ -180,6 +180,13 @@ class Coverage:
         self.outages += len(codes)
         return block(codes, start_time_us=since_us, end_time_us=NO_END, evidence=evidence, state=GAP_OPEN, gap_id=gap_id)
 
+    def end(self, codes: Array, until_us: int, gap_id: int) -> Array:
+        """These intervals end at ``until_us`` for good; rows that say so. The symbols may begin another."""
+        rows = self.grow(codes, until_us, gap_id)
+        self._since[codes] = self._interval[codes] = -1
+        self._unbegun = self._count_unbegun()
+        return rows
+
     def found(self, code: int) -> tuple[int, int] | None:
         """What a lost symbol misses is known now: (id, evidence) of the stretch, which the gap goes on with; None when it is not lost."""
         gap_id = int(self._outage[code])

@@ -130,6 +130,10 @@ class Ledger:
         """The feed is down, or believed so: nobody knows what came after ``heard_us``, until a row or the venue settles it."""
         self._sequencer.connection_broke()
         codes = self.coverage.watched
+        unheard = codes[self._sequencer.last_ids(codes) < 0]
+        if len(unheard):  # no id will tell what they missed: their intervals end here
+            self._closing.append(self.coverage.end(unheard, heard_us, self._next_gap_id()))
+            codes = self.coverage.watched
         self._lose(codes, np.maximum(self._sequencer.last_times_us(codes), heard_us), evidence, self._next_gap_id())
 
     def went_silent(self, codes: list[int]) -> None:
@@ -138,9 +142,12 @@ class Ledger:
         self._sequencer.connection_broke(chosen)
         self._lose(chosen, self._sequencer.last_times_us(chosen), EVIDENCE_SILENCE, self._next_gap_id())
 
-    def venue_is_at(self, code: int, last_id: int, mono_us: int) -> None:
-        """The venue says that its newest trade of a symbol is ``last_id``: what we do not have up to there is a gap."""
-        gap = self._sequencer.open_until(code, last_id, self._stats.last_exchange_time_us)
+    def venue_is_at(self, code: int, last_id: int, time_us: int, mono_us: int) -> None:
+        """The venue says that its newest trade of a symbol is ``last_id``: what we do not have up to there is a gap.
+
+        ``time_us``: that trade's time or a later one of the venue, where the gap ends; 0 unknown: our clock's time is taken.
+        """
+        gap = self._sequencer.open_until(code, last_id, time_us or max(self._wall_us, self._stats.last_exchange_time_us))
         if gap is not None:
             self.opened(gap, mono_us)
         elif last_id == self._sequencer.last_id(code):

@@ -265,7 +265,8 @@ class BinanceCollector:
         now = self._clock.monotonic_us()
         before = pipeline.stats.gaps_opened
         for code, symbol in known.items():
-            pipeline.ledger.venue_is_at(code, newest.get(self._listed[symbol].raw, -1), now)
+            last_id, time_us = newest.get(self._listed[symbol].raw, (-1, 0))
+            pipeline.ledger.venue_is_at(code, last_id, time_us, now)
         logger.info("%s: %d of %d symbols traded meanwhile; fetching.", shard.name, pipeline.stats.gaps_opened - before, len(known))
 
     def _known(self, shard: Shard) -> dict[int, str]:
@@ -300,4 +301,4 @@ class BinanceCollector:
             ids = page["trade_id"]
             # our newest trade among them: the venue's ids go on from it, and nothing between it and the page's end was overlooked
             if len(ids) and sequencer.last_id(code) == last and (last in ids or (not exhausted and int(ids[0]) > last)):
-                ledger.venue_is_at(code, int(ids[-1]), self._clock.monotonic_us())
+                ledger.venue_is_at(code, int(ids[-1]), int(page["exchange_time_us"].max()), self._clock.monotonic_us())

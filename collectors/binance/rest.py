@@ -88,14 +88,17 @@ class BinanceRest:
                 found[name] = VenueSymbol(entry.symbol, name, entry.status)
         return found
 
-    async def last_ids(self) -> dict[str, int]:
-        """Id of the newest single trade of every symbol, by the venue's name: one call tells who traded while we were away."""
+    async def last_ids(self) -> dict[str, tuple[int, int]]:
+        """(id of the newest single trade, the venue's time then, us) of every symbol, by the venue's name.
+
+        One call tells who traded while we were away. The time is 0 where the venue does not say it.
+        """
         body = await self._get("ticker/24hr", {}, weight=80 if self._spot else 40)
         try:
             rows = msgspec.json.decode(body, type=list[_Ticker])
         except _FAULTS as exc:
             raise AnswerError(f"{self.venue.rest_url} answers ticker/24hr with something else: {exc}") from exc
-        return {row.symbol: row.lastId for row in rows if row.lastId >= 0}
+        return {row.symbol: (row.lastId, row.closeTime * 1000) for row in rows if row.lastId >= 0}
 
     async def trades(self, raw: str, first_id: int, last_id: int, *, max_rows: int) -> AsyncIterator[dict[str, Array]]:
         """Pages of trades with ``first_id <= id <= last_id`` that the venue still has, oldest first, at most about ``max_rows``.
@@ -236,6 +239,7 @@ class _Aggregate(msgspec.Struct):
 class _Ticker(msgspec.Struct):
     symbol: str
     lastId: int = -1  # noqa: N815  # -1: no trade in 24 hours
+    closeTime: int = 0  # noqa: N815  # ms; end of the 24 hours: the venue's now
 
 
 def refusal(url: str, status: int, headers: Any, body: bytes) -> VenueError:

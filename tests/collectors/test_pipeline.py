@@ -199,7 +199,7 @@ def test_what_settles_after_bars_may_have_closed_is_told_as_filled() -> None:
     made.round(trade(1))
     made.pipeline.connection_lost(EVIDENCE_RESTART, made.now)
     made.round(trade(7, symbol="eth", ms=T_MS + 5_000))
-    made.pipeline.ledger.venue_is_at(made.codes["BTC"], 1, made.now)
+    made.pipeline.ledger.venue_is_at(made.codes["BTC"], 1, 0, made.now)
     made.round()
     made.round()
     (row,) = [row for row in made.ledger() if row["symbol"] == "binance:BTC-USDT" and row["state"] != GAP_OPEN]

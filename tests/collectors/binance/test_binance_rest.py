@@ -217,9 +217,9 @@ async def test_a_venue_that_fails_opens_the_breaker_and_a_wrong_request_does_not
 
 async def test_newest_ids_of_all_symbols_in_one_request() -> None:
     """-1: no trade in a day."""
-    body = [{"symbol": "BTCUSDT", "lastId": 7, "count": 3}, {"symbol": "DEADUSDT", "lastId": -1}]
+    body = [{"symbol": "BTCUSDT", "lastId": 7, "count": 3, "closeTime": 1700000000000}, {"symbol": "DEADUSDT", "lastId": -1}]
     rest, _, asked = client(lambda request: httpx.Response(200, json=body))
-    assert await rest.last_ids() == {"BTCUSDT": 7}
+    assert await rest.last_ids() == {"BTCUSDT": (7, 1_700_000_000_000_000)}
     assert asked[0].url.path == "/api/v3/ticker/24hr"
 
 
