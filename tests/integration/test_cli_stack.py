@@ -116,7 +116,8 @@ def test_detached_up_returns_when_ready(shell: Shell) -> None:
 def test_status_has_the_documented_shape(shell: Shell) -> None:
     """Processes with name, pid and state; lag by stage; urls with the API."""
     value = shell.json("status")
-    assert {item["name"] for item in value["processes"]} == {"kafka", "clickhouse", "postgres", "registry", "worker-0", "sink", "api"}
+    servers = {"kafka", "clickhouse", "postgres", "registry"}
+    assert {item["name"] for item in value["processes"]} == servers | {"worker-0", "sink", "repair", "api"}
     for item in value["processes"]:
         assert psutil.pid_exists(item["pid"])
         assert item["state"] == "ready"
