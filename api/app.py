@@ -76,8 +76,10 @@ class Api:
         letters = DeadLetterRoutes(Letters(self.deps.history, self.deps.letters))
         self._route("/api/v1/deadletters", "deadletters", letters.listed, cached=True)
         self._route("/api/v1/deadletters/{id}", "deadletter", letters.one)
-        self._route("/api/v1/quality/{symbol}", "quality", QualityRoute(Quality(self.deps.history), self.catalogue), cached=True)
-        coverage = CoverageRoute(self.deps.coverage, self.catalogue, self.deps.clock)
+        self._route(
+            "/api/v1/quality/{symbol}", "quality", QualityRoute(Quality(self.deps.history), self.catalogue, self.sessions), cached=True
+        )
+        coverage = CoverageRoute(self.deps.coverage, self.catalogue, self.sessions)
         self._route("/api/v1/coverage", "coverage", coverage, cached=True)
         for channel in ("bars", "trades"):
             places = (self.hub.epoch, self.hub.partition)

@@ -18,6 +18,8 @@ class CoverageQuery:
     exchange: str = ""
     symbol: str = ""
     channel: str = "trades"
+    known_at_us: int | None = None
+    """The ledger as it was known then; None: as it is known now."""
 
 
 class CoverageReader(Protocol):

@@ -138,6 +138,7 @@ def document(version: str) -> bytes:
                 _query("exchange", "Only this exchange.", {"type": "string"}),
                 _query("source", "Only this source of its trades, e.g. binance/ws.", {"type": "string"}),
                 *_range()[:2],
+                _session(),
                 _query(
                     "limit", "Scores of each feed, of ten seconds each.", {"type": "integer", "minimum": 1, "maximum": 8_640, "default": 60}
                 ),
@@ -156,6 +157,7 @@ def document(version: str) -> bytes:
                 _query("channel", "What was collected.", {"type": "string", "enum": list(CHANNELS), "default": "trades"}),
                 _query("start", f"First time, inclusive: {_TIME}. By default 24 hours before the end.", {"type": "string"}),
                 _query("end", "Last time, exclusive, written alike. By default now.", {"type": "string"}),
+                _session(),
             ],
             {
                 "200": _response(

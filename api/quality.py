@@ -55,6 +55,13 @@ class Quality:
 
     def __init__(self, store: HistoryStore) -> None:
         self._store = store
+        self._as_of: dict[str, int] = {}
+
+    def as_of(self, known_at_us: int, now_us: int) -> Quality:
+        """The same without rows that were published after ``known_at_us`` or are about a time after ``now_us``."""
+        found = Quality(self._store)
+        found._as_of = {"known_at": known_at_us, "now": now_us}
+        return found
 
     async def feeds(
         self, symbol: str = "", *, exchange: str = "", source: str = "", start_us: int = 0, end_us: int = 2**62, limit: int = 60
@@ -63,7 +70,7 @@ class Quality:
 
         Anomalies are summed over those scores; a band that is not known yet is null.
         """
-        where, parameters = _where({"symbol": symbol, "exchange": exchange, "source": source})
+        where, parameters = self._where({"symbol": symbol, "exchange": exchange, "source": source})
         sql = (
             f"SELECT exchange, symbol, source, exchange_time_us AS time_us, {', '.join(_SCORE_COLUMNS)} FROM quality WHERE {where}"
             " AND exchange_time_us >= {start:Int64} AND exchange_time_us < {end:Int64}"
@@ -81,7 +88,7 @@ class Quality:
 
     async def suspects(self, wanted: SuspectFilter, *, limit: int) -> list[dict[str, Any]]:
         """Trades that were ever held, each with its newest state, newest trade first."""
-        where, parameters = _where({"exchange": wanted.exchange, "symbol": wanted.symbol})
+        where, parameters = self._where({"exchange": wanted.exchange, "symbol": wanted.symbol})
         if wanted.trade_ids:
             where += " AND trade_id IN {ids:Array(Int64)}"
             parameters["ids"] = list(wanted.trade_ids)
@@ -104,12 +111,18 @@ class Quality:
 
     async def held_now(self, symbol: str, exchange: str = "") -> dict[str, int]:
         """Trades of a symbol that are held back now, by exchange."""
-        where, parameters = _where({"symbol": symbol, "exchange": exchange})
+        where, parameters = self._where({"symbol": symbol, "exchange": exchange})
         sql = (
             "SELECT exchange, countIf(newest = 1) AS held FROM (SELECT exchange, trade_id, argMax(state, kafka_offset) AS newest"
             f" FROM quarantine WHERE {where} GROUP BY exchange, trade_id) GROUP BY exchange {_SETTINGS}"
         )
         return {row["exchange"]: row["held"] for row in await self._fetch(sql, parameters)}
+
+    def _where(self, wanted: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+        where, parameters = _where(wanted)
+        if self._as_of:
+            where += " AND known_at_us <= {known_at:Int64} AND exchange_time_us <= {now:Int64}"
+        return where, parameters | self._as_of
 
     async def _fetch(self, sql: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
         body = await self._store.fetch(sql, parameters, "JSONEachRow")

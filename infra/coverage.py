@@ -72,6 +72,9 @@ def ledger_query(wanted: CoverageQuery) -> tuple[str, dict[str, Any]]:
         if value:
             where.append(f"{name} = {{{name}:String}}")
             parameters[name] = value
+    if wanted.known_at_us is not None:
+        where.append("known_at_us <= {known_at:Int64}")
+        parameters["known_at"] = wanted.known_at_us
     nameless = "if(gap_id < 0, (start_time_us, end_time_us, first_missing_id), (0, 0, 0))"
     newest = (
         f"SELECT * FROM gaps WHERE {' AND '.join(where)} ORDER BY exchange, symbol, kafka_offset DESC"

@@ -1,6 +1,7 @@
 """``GET /api/v1/coverage``: what of each feed was collected over a time, and what is missing.
 
 ``exchange`` and ``symbol`` narrow; ``channel`` is ``trades`` unless said otherwise. Without ``start`` and ``end`` it is the last 24 hours.
+With ``session`` it is the ledger as the session knows it, up to its virtual now.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from api.coverage import CHANNELS, CoverageQuery, CoverageReader, TooMuchError
 from api.errors import Problem
 from api.http import Answer, Scope
 from api.params import parse_query
+from api.sessions import Sessions
 from schemas.errors import VocabularyError, nearest
-from schemas.seam import Clock
 from schemas.symbols import check_exchange
 from schemas.timeframes import format_time_us, parse_time_us
 
-_PARAMETERS: Final = ("exchange", "symbol", "channel", "start", "end")
+_PARAMETERS: Final = ("exchange", "symbol", "channel", "start", "end", "session")
 _DEFAULT_RANGE_US: Final = 86_400_000_000
 
 
 class CoverageRoute:
     """Answers the resource."""
 
-    def __init__(self, reader: CoverageReader, catalogue: Catalogue, clock: Clock) -> None:
+    def __init__(self, reader: CoverageReader, catalogue: Catalogue, sessions: Sessions) -> None:
         self._reader = reader
         self._catalogue = catalogue
-        self._clock = clock
+        self._sessions = sessions
 
     async def __call__(self, scope: Scope) -> Answer:
         """Coverage of the feeds asked for. Raises Problem, StoreUnavailableError."""
@@ -41,14 +42,21 @@ class CoverageRoute:
             raise Problem("unknown_channel", f"Unknown channel '{channel[:40]}': {hint}", nearest=guess)
         exchange, symbol = given.get("exchange", ""), given.get("symbol", "")
         await self._check(exchange, symbol)
-        end_us = _time("end", given, self._clock.now_us())
+        now_us, known_at_us = self._sessions.clock.now_us(), None
+        if "session" in given:
+            session = await self._sessions.find(given["session"])
+            now_us = session.now_us(now_us)
+            known_at_us = session.known_at_us(now_us)
+        end_us = _time("end", given, now_us)
+        if known_at_us is not None:
+            end_us = min(end_us, now_us)
         start_us = _time("start", given, end_us - _DEFAULT_RANGE_US)
         if start_us >= end_us:
             raise Problem(
                 "invalid_range",
                 f"start {format_time_us(start_us)} is not before end {format_time_us(end_us)}: the range is [start, end), exchange the two.",
             )
-        wanted = CoverageQuery(start_us=start_us, end_us=end_us, exchange=exchange, symbol=symbol, channel=channel)
+        wanted = CoverageQuery(start_us=start_us, end_us=end_us, exchange=exchange, symbol=symbol, channel=channel, known_at_us=known_at_us)
         try:
             feeds = await self._reader.read(wanted)
         except TooMuchError as exc:

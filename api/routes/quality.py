@@ -1,7 +1,7 @@
 """``GET /api/v1/quality/{symbol}``: how good the feeds of a symbol are, what they did wrong lately, and which of its trades are suspect.
 
 A feed is a venue and a source of its trades (a WebSocket, a replay). ``exchange`` and ``source`` narrow; ``start``, ``end`` and ``limit`` say
-which scores, of ten seconds each, newest first.
+which scores, of ten seconds each, newest first. With ``session`` it is what the session may see at its virtual now.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from api.errors import Problem
 from api.http import Answer, Scope
 from api.params import parse_query
 from api.quality import Quality, SuspectFilter, shown
+from api.sessions import Sessions
 from schemas.errors import SchemaError, nearest
 from schemas.symbols import check_symbol
 from schemas.timeframes import parse_time_us
 
-_PARAMETERS: Final = ("exchange", "source", "start", "end", "limit")
+_PARAMETERS: Final = ("exchange", "source", "start", "end", "limit", "session")
 _DEFAULT_LIMIT: Final = 60
 _MAX_LIMIT: Final = 8_640
 """A day."""
@@ -30,8 +31,9 @@ _MAX_DIGITS: Final = 9
 class QualityRoute:
     """Answers the resource."""
 
-    def __init__(self, quality: Quality, catalogue: Catalogue) -> None:
+    def __init__(self, quality: Quality, catalogue: Catalogue, sessions: Sessions) -> None:
         self._quality = quality
+        self._sessions = sessions
         self._catalogue = catalogue
 
     async def __call__(self, scope: Scope) -> Answer:
@@ -46,15 +48,20 @@ class QualityRoute:
             await self._catalogue.check(exchange, symbol)
         else:
             await self._check(symbol)
-        feeds = await self._quality.feeds(
+        quality = self._quality
+        if "session" in given:
+            session = await self._sessions.find(given["session"])
+            now_us = session.now_us(self._sessions.clock.now_us())
+            quality = quality.as_of(session.known_at_us(now_us), now_us)
+        feeds = await quality.feeds(
             symbol, exchange=exchange, source=given.get("source", ""), start_us=start_us, end_us=end_us, limit=limit
         )
-        suspects = await self._quality.suspects(SuspectFilter(exchange=exchange, symbol=symbol), limit=_SUSPECTS)
+        suspects = await quality.suspects(SuspectFilter(exchange=exchange, symbol=symbol), limit=_SUSPECTS)
         body = {
             "symbol": symbol,
             "count": len(feeds),
             "feeds": feeds,
-            "held_now": await self._quality.held_now(symbol, exchange),
+            "held_now": await quality.held_now(symbol, exchange),
             "suspects": [shown(suspect) for suspect in suspects],
         }
         return Answer(msgspec.json.encode(body))

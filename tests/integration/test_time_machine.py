@@ -380,6 +380,17 @@ async def test_a_session_by_market_time_closes_bars_as_they_closed(machine: Mach
     assert 0 < listed[0]["trade_count"] < 9_757
 
 
+async def test_quality_and_coverage_are_as_the_session_knows_them(machine: Machine) -> None:
+    """No score of a later time; the ledger up to the virtual now, asked as it was known."""
+    early = await machine.session(machine.began_us, until_us=machine.began_us, clock_name="known")
+    late = await machine.session(machine.began_us, until_us=machine.stored_us, speed="max", clock_name="known")
+    feeds = [machine.get("quality/BTC-USDT", session=one.id)["feeds"] for one in (early, late)]
+    assert (len(feeds[0]), len(feeds[1])) == (0, 1)
+    covered = machine.get("coverage", session=early.id)
+    assert (covered["end_us"], covered["count"]) == (machine.began_us, 0)
+    assert machine.get("coverage", session="s-no-one-00")["code"] == "unknown_session"
+
+
 async def test_unknown_and_stopped_sessions_are_refused_in_one_sentence(machine: Machine) -> None:
     """404 on REST, an error on the stream, also for one that is being read."""
     session = await machine.session(machine.began_us, speed="1", clock_name="known")
