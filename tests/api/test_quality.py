@@ -123,7 +123,7 @@ async def test_a_store_that_is_away_is_a_503(http: httpx.AsyncClient, history: M
 async def test_the_document_describes_it(http: httpx.AsyncClient) -> None:
     """OpenAPI names the path and its parameters."""
     entry = (await http.get("/openapi.json")).json()["paths"]["/api/v1/quality/{symbol}"]["get"]
-    assert [parameter["name"] for parameter in entry["parameters"]] == ["symbol", "exchange", "source", "start", "end", "limit"]
+    assert [parameter["name"] for parameter in entry["parameters"]] == ["symbol", "exchange", "source", "start", "end", "session", "limit"]
 
 
 def test_words_and_codes_are_those_of_the_processor() -> None:
