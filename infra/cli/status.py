@@ -78,6 +78,8 @@ def show_processes(output: Output, processes: list[dict[str, Any]], urls: dict[s
     rows = []
     for item in processes:
         where = urls.get(item["name"]) or ", ".join(f"127.0.0.1:{port}" for port in item["ports"].values())
-        rows.append((item["name"], str(item["pid"]), item["state"], where, item["log"], item["detail"]))
+        times = item["restarts"]
+        again = f"started again {times} time{'s' if times != 1 else ''}, last because it {item['reason']}" if times else ""
+        rows.append((item["name"], str(item["pid"]), item["state"], where, item["log"], item["detail"] or again))
     columns = ("process", "pid", "state", "address", "log", "")
     output.table(columns, rows)

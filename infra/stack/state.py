@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from infra.stack.spec import start_ticks
 
-State = Literal["waiting", "starting", "ready", "restarting", "failing", "stopping", "stopped"]
-"""``failing``: it ends or hangs again and again; it is still started again, with pauses of 10 s."""
+State = Literal["waiting", "starting", "ready", "not ready", "restarting", "failing", "stopping", "stopped"]
+"""``not ready``: it runs and says why it cannot work now, as when a server is away; nobody restarts it for that. ``failing``: it ends or hangs again and again; it is still started again, with pauses of 10 s."""
 
 
 @dataclass(kw_only=True)

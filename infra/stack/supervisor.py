@@ -95,9 +95,10 @@ class Stack:
         if check:
             for status in found.processes:
                 if status.state == "ready":
-                    reason = "its process is gone" if not status.lives() else probe(status.ready)
-                    if reason is not None:
-                        status.state, status.detail = "restarting", reason
+                    if not status.lives():
+                        status.state, status.detail = "restarting", "its process is gone"
+                    elif (reason := probe(status.ready)) is not None:
+                        status.state, status.detail = "not ready", reason
         return found.processes
 
     def _release(self, daemon: subprocess.Popen[bytes]) -> None:

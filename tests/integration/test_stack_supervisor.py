@@ -316,6 +316,24 @@ def test_a_process_that_says_it_is_stuck_is_started_again_with_its_reason(settin
     stack.down()
 
 
+def test_a_process_that_is_not_ready_is_shown_as_such_and_left_alone(settings: Settings, tmp_path: Path) -> None:
+    """A server it needs may be away: that is no reason to start it again."""
+    flag, port = tmp_path / "away", settings.ports.collector
+    code = STUCK.replace("if stuck: os.unlink(sys.argv[2])", "pass").replace('"stuck", "reason"', '"not ready", "reasons"')
+    ready = f"http://127.0.0.1:{port}/"
+    stack = Stack(
+        watched(settings), [ProcessSpec(name="web", argv=(sys.executable, "-c", code, str(port), str(flag)), ready=ready, live=ready)]
+    )
+    before = stack.up()[0].pid
+    flag.touch()
+    time.sleep(5)
+    status = stack.status()[0]
+    assert (status.state, status.pid, status.restarts) == ("not ready", before, 0) and "answers 503" in status.detail
+    flag.unlink()
+    assert stack.status()[0].state == "ready"
+    stack.down()
+
+
 def test_a_process_that_ends_again_and_again_is_failing_with_growing_pauses(settings: Settings, tmp_path: Path) -> None:
     """Pauses of 0.1 s doubling; five ends in a minute are called by name; it recovers when the reason is gone."""
     flag, starts = tmp_path / "broken", tmp_path / "starts"
