@@ -31,7 +31,6 @@ from collectors.breaker import Breaker, BreakerConfig
 from collectors.coverage import Resume
 from collectors.errors import BreakerOpenError, VenueError
 from collectors.left_off import LeftOff
-from collectors.stale import StaleConfig
 from infra.clickhouse.schema import TABLES
 from infra.kafka import producer_config
 from infra.settings import KafkaSettings
@@ -194,7 +193,6 @@ def collector_config(tuning: Tuning) -> CollectorConfig:
         heartbeat_ms=tuning.heartbeat_ms,
     )
     return CollectorConfig(
-        stale=StaleConfig(probability=3e-3),  # a feed of one chunk a second: 6 s of silence instead of 15
         batcher=batcher,
         backoff=BackoffConfig(initial_s=0.5, maximum_s=2.0),
         breaker=BreakerConfig(failures=20, open_s=2.0),

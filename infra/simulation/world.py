@@ -81,7 +81,7 @@ class Scenario:
         return cls(
             seed=seed,
             duration_s=25.0,
-            kills=random.randint(2, 8) if kills is None else kills,
+            kills=random.randint(3, 10) if kills is None else kills,
             targets=targets,
             skew_us=random.choice((0, 0, -3_000_000, 40_000_000)),
             tuning=tuning,
@@ -320,7 +320,7 @@ class World:
             target = random.choice(scenario.targets)
             plan.append((random.uniform(0.0, scenario.duration_s), number, lambda target=target: self._strike(target)))  # type: ignore[misc]
         if scenario.faults:
-            mishaps = range(1_000, 1_000 + max(1, int(scenario.duration_s / 6)))
+            mishaps = range(1_000, 1_000 + max(1, int(scenario.duration_s / 4)))
             plan += [(random.uniform(0.0, scenario.duration_s), number, self._mishap) for number in mishaps]
         start = self.loop.time()
         for moment, _, act in sorted(plan, key=lambda entry: entry[:2]):
@@ -382,6 +382,9 @@ class World:
         elif kind in ("drop", "duplicate", "reorder"):
             symbol = random.choice(self.exchange.exchange.venues["spot"].market.universe.symbols)
             self.exchange.inject({"fault": kind, "symbol": symbol, "count": random.randint(2, 5)})
+        elif kind == "slow sync":
+            broker.sync_us = 400_000
+            later(4.0, lambda: setattr(broker, "sync_us", 500))
         elif kind == "broker away":
             self.crash_broker(random.uniform(3.0, 7.0))
         elif kind == "power cut":
@@ -412,7 +415,8 @@ class World:
         if kind == "poison":
             self.broker.inject(("trades", partition), b"\x00\x00\x00\x00\x01" + self.random.randbytes(20))
         elif records:
-            self.broker.inject(("trades", partition), records[-self.random.randint(1, min(10, len(records)))].value)
+            back = 1 if self.random.random() < 0.5 else self.random.randint(1, min(10, len(records)))
+            self.broker.inject(("trades", partition), records[-back].value)
 
     def _fair_weather(self) -> None:
         self.network.weather = replace(self.network.weather, stall_share=0.0, cut_share=0.0)
@@ -488,7 +492,7 @@ def _calm(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _paced(tuning: Tuning) -> Iterator[None]:
     """Waits that are constants of the product, as the world's rates want them."""
-    wanted = {"CHECK_S": tuning.check_s, "PROBE_SILENCE_US": int(tuning.probe_silence_s * 1e6)}
+    wanted = {"CHECK_S": tuning.check_s, "LEDGER_S": tuning.check_s, "PROBE_SILENCE_US": int(tuning.probe_silence_s * 1e6)}
     before = {name: getattr(session, name) for name in wanted}
     for name, value in wanted.items():
         setattr(session, name, value)
