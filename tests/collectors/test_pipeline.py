@@ -30,7 +30,7 @@ STEP = 10_000
 class Bench:
     """A pipeline of two symbols with everything it calls recorded."""
 
-    def __init__(self, *, consecutive: bool = True, **config: Any) -> None:
+    def __init__(self, *, consecutive: bool = True, resumes: dict[str, Resume] | None = None, **config: Any) -> None:
         self.letters = RecordingDeadLetters()
         self.replies: list[Reply] = []
         self.gaps: list[Gap] = []
@@ -51,8 +51,10 @@ class Bench:
             config=PipelineConfig(**config),
         )
         self.codes = {
-            "BTC": self.pipeline.add_symbol("binance:BTC-USDT", "btcusdt@trade", self.now),
-            "ETH": self.pipeline.add_symbol("binance:ETH-USDT", "ethusdt@trade", self.now),
+            name: self.pipeline.add_symbol(
+                f"binance:{name}-USDT", f"{name.lower()}usdt@trade", self.now, resume=(resumes or {}).get(f"binance:{name}-USDT")
+            )
+            for name in ("BTC", "ETH")
         }
 
     def round(self, *messages: bytes, received_us: int | None = None) -> None:
