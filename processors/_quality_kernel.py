@@ -246,8 +246,10 @@ def _suspect(qf, qi, s, price, size, t, tid, reason, band, par):  # type: ignore
                 band[0], band[1] = min(band[0], qf[s, F_RUN_LOW]), max(band[1], qf[s, F_RUN_HIGH])
             qf[s, F_BEFORE] = last
             qi[s, JUMP_TIME] = qi[s, NEAR_FROM]
-            # What has jumped moves more than before: the band is doubled, and learns back.
-            qf[s, F_MOVE] = max(2.0 * qf[s, F_MOVE], par[P_SHARE] * price / par[P_MOVES])
+            # What has jumped moves more than before: the band is doubled or learns the whole jump, unclipped, and learns back.
+            move = qf[s, F_MOVE]
+            learned = move + max(par[P_MEMORY], 1.0 / qi[s, SEEN]) * (abs(price - last) - move)
+            qf[s, F_MOVE] = max(max(2.0 * move, learned), par[P_SHARE] * price / par[P_MOVES])
             qf[s, F_LAST] = price
             half = _half(qf, qi, s, price, t, t, par)
             qf[s, F_LOW], qf[s, F_HIGH] = max(price - half, LOWEST * price), price + half
