@@ -18,7 +18,7 @@ from infra.simulation.components import EXCHANGE, SINK_GROUP, describe, frame_co
 from processors.bars import build
 from processors.quality import DISCARDED, HELD
 from schemas.errors import DecodeError
-from schemas.frames import HISTORY, Frame
+from schemas.frames import GAP_OPEN, GAP_UNFILLABLE, HISTORY, Frame
 from schemas.partitions import partition_of
 from schemas.timeframes import timeframe_seconds
 
@@ -47,6 +47,9 @@ def violations(world: World) -> list[str]:
     for partition in range(world.broker.partitions):
         found += _one_to_one(world, partition)
     found += _client(world)
+    for symbol in world.symbols():
+        found += _ledger(world, symbol)
+        found += _complete(world, symbol)
     return found + _letters(world)
 
 
@@ -214,6 +217,40 @@ def _one_to_one(world: World, partition: int) -> list[str]:
         f"bars frames are not one to one: partition {partition} has {len(offsets)} for {len(wanted)} trades records, first odd at {odd}: "
         f"{offsets[odd : odd + 3]}"
     ]
+
+
+def _ledger(world: World, symbol: str) -> list[str]:
+    """Every gap of the ledger is closed, as filled: the venue had all of it. The newest row of a gap is valid."""
+    key = _key(symbol)
+    newest: dict[int, tuple[int, int, int]] = {}
+    for value in world.broker.values("gaps", partition_of(key, world.broker.partitions)):
+        frame = frame_codec("gaps").decode(value)
+        if key in frame.symbols:
+            columns = frame.columns
+            mine = columns["symbol_code"] == frame.symbols.index(key)
+            names = ("gap_id", "state", "first_missing_id", "last_missing_id")
+            for gap_id, *row in zip(*(columns[name][mine].tolist() for name in names), strict=True):
+                newest[gap_id] = (row[0], row[1], row[2])
+    return [
+        f"ledger: gap {gap_id} of {symbol}, trades {first}..{last}, ended in state {state}"
+        for gap_id, (state, first, last) in newest.items()
+        if state in (GAP_OPEN, GAP_UNFILLABLE)
+    ]
+
+
+def _complete(world: World, symbol: str) -> list[str]:
+    """After the repair every bar is complete that begins after the symbol's first trade: nothing is missing any more."""
+    first = truth(world, symbol)["exchange_time_us"][:1]
+    if not len(first):
+        return []
+    found = []
+    for timeframe in world.scenario.tuning.timeframes:
+        bars = newest_bars(world, symbol, timeframe)
+        wrong = (bars["complete"] == 0) & (bars["open_time_us"] >= first[0]) & (bars["close_time_us"] <= world.end_us)
+        if wrong.any():
+            opens = bars["open_time_us"][wrong]
+            found.append(f"bars not complete: {symbol} {timeframe} {len(opens)} of {len(wrong)}, first {opens[:3].tolist()}")
+    return found
 
 
 def _topic_rows(world: World, channel: str, symbol: str, timeframe: str) -> tuple[list[tuple[int, int]], int]:
