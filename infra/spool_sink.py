@@ -166,7 +166,7 @@ class SpoolSink:
 
     def reasons(self) -> dict[str, str]:
         """Why what is sent does not arrive."""
-        if not self._spooling:
+        if not self._spooling and not self._full:
             return {}
         found = {}
         silent_s = (self._clock.monotonic_us() - self._acked_at_us) / 1e6
@@ -208,7 +208,10 @@ class SpoolSink:
         self._reap()
         if self._waiting and (self._waiting_bytes > self._config.window_bytes or self._is_late()):
             return False
-        return self._hand_over(record, -1)
+        if not self._hand_over(record, -1):
+            return False
+        self._full = ""
+        return True
 
     def _is_late(self) -> bool:
         return bool(self._waiting) and self._clock.monotonic_us() - self._waiting[0].since_us > self._config.spill_after_s * 1e6

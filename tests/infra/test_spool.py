@@ -459,6 +459,23 @@ async def test_a_full_spool_makes_senders_wait_and_goes_on_in_order() -> None:
     assert broker.numbers(0) == list(range(0, 1_000, 2)) and not sink.is_full
 
 
+async def test_a_disk_without_room_stops_reading_and_is_forgotten_when_the_broker_is_back() -> None:
+    """Nothing was written, nothing is lost; both reasons are told while it lasts."""
+    broker, disk, clock = Broker(), Disk(room=50), Time()
+    sink = sink_over(broker, disk, clock)
+    running = asyncio.create_task(sink.run())
+    broker.away = True
+    feeding = asyncio.create_task(feed(sink, clock, 0, 1_000))
+    for _ in range(2_000):
+        await clock.sleep(0.01)
+    assert not feeding.done() and sink.is_full and not sink.is_spooling
+    assert sink.reasons().keys() == {"kafka", "spool"}
+    broker.away = False
+    await feeding
+    running.cancel()
+    assert broker.numbers(0) == list(range(0, 1_000, 2)) and not sink.is_full and sink.reasons() == {}
+
+
 async def test_closing_while_the_broker_is_away_keeps_everything_on_disk() -> None:
     """SIGTERM in an outage: the next process sends it."""
     broker, disk, clock = Broker(), Disk(), Time()
