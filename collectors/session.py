@@ -298,7 +298,7 @@ class Shard:
                 self._evidence = EVIDENCE_HEARTBEAT if link.unanswered_us(now) > PROBE_SILENCE_US else EVIDENCE_SILENCE
                 self._drop(link)
                 return f"nothing arrived for {silence_s:.1f} s, which its rate does not explain"
-            if link.unanswered_us(now) > PROBE_DEAD_US and not self._paused and self._rounds_since_resume >= RESUMED_ROUNDS:
+            if link.unanswered_us(self._round_us) > PROBE_DEAD_US and not self._paused and self._rounds_since_resume >= RESUMED_ROUNDS:
                 self.pipeline.stats.stale_reconnects += 1
                 self._evidence = EVIDENCE_HEARTBEAT
                 self._drop(link)

@@ -39,6 +39,7 @@ class SystemRoutes:
             "symbols": "/api/v1/symbols",
             "bars": "/api/v1/bars/{exchange}/{symbol}",
             "trades": "/api/v1/trades/{exchange}/{symbol}",
+            "coverage": "/api/v1/coverage",
             "deadletters": "/api/v1/deadletters",
             "stream": "/api/v1/stream",
             "openapi": "/openapi.json",

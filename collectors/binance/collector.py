@@ -281,8 +281,9 @@ class BinanceCollector:
         while True:
             await self._clock.sleep(self._config.ask_after_s)
             for shard in list(self.shards):
-                if shard.is_live:
-                    await self._ask(shard, shard.pipeline.ledger.coverage.lost.tolist())
+                lost = shard.pipeline.ledger.coverage.lost.tolist()
+                if lost and shard.is_live:
+                    await self._ask(shard, lost)
 
     async def _ask(self, shard: Shard, codes: list[int]) -> None:
         """Ask the venue, symbol by symbol, whether something came after our newest trade."""

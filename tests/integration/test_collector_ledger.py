@@ -12,7 +12,9 @@ import pytest
 from infra.cli.coverage import coverage
 from infra.cli.output import Output
 from infra.clickhouse.client import apply_schema, connect
+from infra.collector_resume import MAX_AGE_US, left_off
 from infra.provision import provision
+from infra.registry_client import RegistryClient
 from infra.settings import Settings
 from processors.coverage import LedgerRow, newest
 from schemas.frames import GAP_FILLED, GAP_OPEN, HISTORY
@@ -70,6 +72,22 @@ async def test_a_long_gap_is_fetched_further_by_the_process_after_a_kill(stack: 
         again = len(ids_by_symbol(frames)[KEY]) - len(whole[KEY])
         assert again <= 3_000, "fetched from where the ledger said, not from the start"
         assert sum(frame.row_count for _, frame in frames if frame.flags & HISTORY) >= 8_000
+
+
+def test_a_symbol_in_no_record_of_the_tail_continues_from_the_store(stack: RunningStack, topic_prefix: str) -> None:
+    """Topics are empty; ClickHouse has its newest trade. A symbol that last traded a week ago starts anew."""
+    name = "left_off_" + topic_prefix.strip(".").replace("-", "_")
+    settings = stack.with_prefix(topic_prefix, MARKETSTREAM_CLICKHOUSE_DATABASE=name)
+    provision(settings)
+    with closing(connect(settings.clickhouse)) as client:
+        for symbol, trade_id, time_us in (("BTC-USDT", 7, T), ("BTC-USDT", 9, T + 5), ("ETH-USDT", 3, T - MAX_AGE_US)):
+            client.command(
+                f"INSERT INTO trades (exchange, symbol, trade_id, exchange_time_us) VALUES ('binance', '{symbol}', {trade_id}, {time_us})"
+            )
+    with RegistryClient.from_settings(settings) as registry:
+        found = left_off(settings, registry, "binance", consecutive=True, now_us=T + 60_000_000)
+    assert (found["binance:BTC-USDT"].trade_id, found["binance:BTC-USDT"].exchange_time_us) == (9, T + 5)
+    assert found["binance:ETH-USDT"].trade_id == -1
 
 
 def test_the_command_names_the_gaps_of_a_feed(
