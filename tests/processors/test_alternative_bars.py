@@ -30,7 +30,7 @@ from processors.errors import BarConfigError, SnapshotConfigError, SnapshotError
 from schemas.errors import VocabularyError
 from schemas.frames import END_OF_SOURCE
 from tests.processors.market_data import binance_capture
-from tests.processors.streams import batches, frame, generated_trades, trade
+from tests.processors.trade_batches import batches, frame, generated_trades, trade
 
 CONFIGS: list[AlternativeBarConfig] = [
     AlternativeBarConfig(kind="tick", threshold=7),

@@ -17,7 +17,7 @@ from tests.processors.market_data import (
     newest,
     polars_bars,
 )
-from tests.processors.streams import batches, flat_bars_fill_every_gap, generated_trades, play
+from tests.processors.trade_batches import batches, flat_bars_fill_every_gap, generated_trades, play
 
 CAPTURES = (
     "spot_btcusdt_20240808.ws.gz",

@@ -20,7 +20,7 @@ from processors.errors import BarConfigError, SnapshotConfigError, SnapshotError
 from schemas.errors import VocabularyError
 from schemas.frames import END_OF_SOURCE
 from tests.processors.market_data import newest
-from tests.processors.streams import START_US, batches, frame, generated_trades, play, rows_of, trade
+from tests.processors.trade_batches import START_US, batches, frame, generated_trades, play, rows_of, trade
 
 CONFIG = BarConfig(timeframes=("1s", "1m"), live_interval_us=0)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from processors._bars_kernel import step
 from processors.bars import BAR_COLUMNS, BarBatches, BarConfig, BarEngine, TradeBatch
 from tests.processors.market_data import assert_same_bars, binance_capture, newest, polars_bars
-from tests.processors.streams import SECOND, START_US, batches, generated_trades, play
+from tests.processors.trade_batches import SECOND, START_US, batches, generated_trades, play
 
 Array = npt.NDArray[Any]
 CONFIG = BarConfig(live_interval_us=0)
