@@ -9,21 +9,22 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Final
-
-from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from infra import offsets
 from infra.clickhouse.client import connect
-from infra.errors import UnreachableError
-from infra.kafka import committed_offsets, consumer_config, unreachable
-from infra.parity_compare import Comparison, Findings, Record, merge
+from infra.kafka import committed_offsets
+from infra.parity_compare import Comparison, Findings, merge
+from infra.parity_outputs import OutputFindings, Outputs
+from infra.parity_reader import Stretch
 from infra.parity_repairs import explain, load_jobs
-from infra.parity_rows import RowKey
+from infra.parity_rows import Difference, RowKey
 from infra.parity_store import StoreComparison, StoreFindings
+from infra.parity_topics import check_outputs
 from infra.progress import SINK_GROUP, worker_offsets
 from infra.registry_client import RegistryClient
 from infra.runs import TOPICS_OF_A_RUN, Run
@@ -32,11 +33,10 @@ from infra.settings import Settings, load_settings
 from infra.worker import bar_codecs, bar_config
 from schemas.codec import decode_learning
 from schemas.seam import Clock
-from schemas.topics import TOPICS
 from streams.bar_shard import BarShard
+from streams.records import OutRecord
 
-_TIMEOUT_S: Final = 10.0
-_BATCH: Final = 500
+_TELL_RECORDS: Final = 500
 _WAIT_S: Final = 15.0
 """How long a run that still goes is waited for, until worker and sink are where its topics stood when we looked."""
 _POLL_S: Final = 0.2
@@ -51,6 +51,8 @@ class Report:
     run: Run
     findings: list[Findings]
     store: list[StoreFindings]
+    outputs: list[OutputFindings]
+    """What the worker publishes beside bars, by topic."""
     settings: Mapping[str, str]
     """What decides which bars a worker makes, as the run had it."""
     replayed: Mapping[int, tuple[int, int, int]]
@@ -62,8 +64,17 @@ class Report:
 
     @property
     def unexplained(self) -> int:
-        """Rows and records that nothing explains, in the topic and in ClickHouse: 0 is the promise."""
-        return sum(part.unexplained for part in self.findings) + sum(part.unexplained for part in self.store)
+        """Rows and records that nothing explains, in the topics and in ClickHouse: 0 is the promise."""
+        return sum(part.unexplained for part in self._parts)
+
+    @property
+    def differences(self) -> list[Difference]:
+        """Those that are kept to be shown."""
+        return [item for part in self._parts for item in part.differences]
+
+    @property
+    def _parts(self) -> list[Findings | StoreFindings | OutputFindings]:
+        return [*self.findings, *self.store, *self.outputs]
 
     @property
     def trades_per_s(self) -> float:
@@ -87,6 +98,7 @@ class Report:
             "bars": sums,
             "not_retained_records": self.not_retained,
             "clickhouse": {name: sum(getattr(part, name) for part in self.store) for name in ("rows", "equal", "pending", "unexplained")},
+            "outputs": [part.value() for part in self.outputs],
             "partitions": partitions,
             "clickhouse_partitions": store,
             "seconds": round(self.seconds, 3),
@@ -138,7 +150,9 @@ def _check(settings: Settings, run: Run, reason: Callable[[RowKey], str | None],
     config = bar_config(load_settings({}, overrides=ours))
     findings: list[Findings] = []
     stores: list[StoreFindings] = []
+    outputs = Outputs()
     replayed: dict[int, tuple[int, int, int]] = {}
+    covered: dict[int, tuple[int, int]] = {}
     lost = done = 0
     total = sum(max(end - low["trades"][partition], 0) for partition, end in run.end["trades"].items())
     stored = committed_offsets(settings.kafka, SINK_GROUP, ["bars"])["bars"]
@@ -148,7 +162,7 @@ def _check(settings: Settings, run: Run, reason: Callable[[RowKey], str | None],
         codecs = bar_codecs(registry)
         for partition, stop in sorted(run.end["trades"].items()):
             begin = max(low["bars"][partition], run.start["bars"][partition])
-            live = stack.enter_context(_Reader(settings, "bars", partition, begin, high["bars"][partition]))
+            live = stack.enter_context(Stretch(settings, "bars", partition, begin, high["bars"][partition]))
             first = max(low["trades"][partition], run.start["trades"][partition])
             if low["bars"][partition] > run.start["bars"][partition]:
                 first = max(first, _first_input(settings, registry, partition, begin, high["bars"][partition]))
@@ -165,23 +179,28 @@ def _check(settings: Settings, run: Run, reason: Callable[[RowKey], str | None],
                 bars_stop=run.end["bars"][partition],
                 explain_repair=reason,
                 on_live=store.take,
+                on_made=partial(_made, outputs, partition),
             )
             replayed[partition] = (low["trades"][partition], first, stop)
             taken = low["trades"][partition]
-            with _Reader(settings, "trades", partition, taken, stop) as trades:
+            with Stretch(settings, "trades", partition, taken, stop) as trades:
                 for record in trades:
                     taken = record.offset + 1
                     done += 1
                     if not comparison.take(record):
                         break
-                    if done % _BATCH == 0:
+                    if done % _TELL_RECORDS == 0:
                         tell(done, total, comparison.findings.trades + sum(part.trades for part in findings))
             findings.append(comparison.finish(pending=max(stop - max(taken, first), 0)))
+            if low["trades"][partition] == 0:  # without the first trades the scores are other ones
+                covered[partition] = (first, stop - findings[-1].pending)
             stores.append(store.flush())
+        compared = [] if outputs.full else check_outputs(settings, run, registry, outputs, covered)
     return Report(
         run=run,
         findings=findings,
         store=stores,
+        outputs=compared,
         settings=ours,
         replayed=replayed,
         not_retained=lost,
@@ -190,52 +209,16 @@ def _check(settings: Settings, run: Run, reason: Callable[[RowKey], str | None],
     )
 
 
+def _made(outputs: Outputs, partition: int, input_offset: int, out: OutRecord) -> None:
+    outputs.take(input_offset, out, partition)
+
+
 def _first_input(settings: Settings, registry: RegistryClient, partition: int, begin: int, stop: int) -> int:
     """Offset of the trades that the first worker record from ``begin`` on was made of."""
     codec = registry.frame_codec("bars")
-    with _Reader(settings, "bars", partition, begin, stop) as records:
+    with Stretch(settings, "bars", partition, begin, stop) as records:
         for record in records:
             input_offset = decode_learning(codec, record.value, registry.schema).input_offset
             if input_offset >= 0:
                 return input_offset
     return 0
-
-
-class _Reader:
-    """The records ``[begin, stop)`` of one partition, in order; a context manager. Holds 32 MiB of them at most."""
-
-    def __init__(self, settings: Settings, topic: str, partition: int, begin: int, stop: int) -> None:
-        self._settings = settings.kafka
-        self._place = TopicPartition(TOPICS[topic].full_name(settings.kafka.topic_prefix), partition, begin)
-        self._stop = stop
-        self._consumer: Any = None
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._consumer is not None:
-            self._consumer.close()
-
-    def __iter__(self) -> Iterator[Record]:
-        position = self._place.offset
-        if position >= self._stop:
-            return
-        self._consumer = Consumer(consumer_config(self._settings, "parity", **{"check.crcs": True, "auto.offset.reset": "error"}))
-        try:
-            self._consumer.assign([self._place])
-            while position < self._stop:
-                messages = self._consumer.consume(min(_BATCH, self._stop - position), timeout=_TIMEOUT_S)
-                if not messages:
-                    raise UnreachableError(
-                        f"Kafka gave no record of {self._place.topic}[{self._place.partition}] from offset {position} on."
-                    )
-                for message in messages:
-                    if message.error() is not None:
-                        raise KafkaException(message.error())
-                    if message.offset() >= self._stop:
-                        return
-                    position = message.offset() + 1
-                    yield Record(message.offset(), message.timestamp()[1], message.value() or b"")
-        except KafkaException as exc:
-            raise unreachable(self._settings, exc) from exc

@@ -18,6 +18,7 @@ from schemas.codec import decode_learning
 from schemas.errors import DecodeError
 from schemas.frames import Frame
 from streams.bar_shard import BarCodecs, BarShard
+from streams.records import OutRecord
 
 NOT_RETAINED: Final = "not retained: the bar or its symbol began before the first trade the topic still holds"
 RHYTHM: Final = "not retained: when open bars are updated follows from trades the topic no longer holds"
@@ -93,7 +94,8 @@ class Comparison:
         whole: the topic still holds the partition's first trade, so the state is that of the run.
         bars_stop: offset after the run's last bars record; repairs published later are no part of it.
         explain_repair: the reason of a row the repair published, None when nothing explains it.
-        on_live: told every live record once, in order (None: an undecodable one is no frame).
+        on_live: told every live record once, in order, but those that cannot be read.
+        on_made: told (offset of the trades, record) of everything the replay makes of the run's trades.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Comparison:
         bars_stop: int,
         explain_repair: Callable[[RowKey], str | None],
         on_live: Callable[[LiveRecord], None] = lambda _: None,
+        on_made: Callable[[int, OutRecord], None] = lambda *_: None,
     ) -> None:
         self.findings = Findings(partition=shard.partition)
         self._shard = shard
@@ -118,6 +121,7 @@ class Comparison:
         self._bars_stop = bars_stop
         self._explain_repair = explain_repair
         self._on_live = on_live
+        self._on_made = on_made
         self._next: LiveRecord | None = None
         self._ended = False
         self._began_us: dict[str, int] = {}
@@ -136,6 +140,8 @@ class Comparison:
         if record.offset < self._first:
             return True
         value = next(out.value for out in made if out.topic == "bars")
+        for out in made:
+            self._on_made(record.offset, out)
         self._skip_to(record.offset)
         live = self._next
         if live is None:

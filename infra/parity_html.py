@@ -91,7 +91,8 @@ def certificate(report: Report) -> tuple[str, str]:
             _strips(value),
             _timeframes(value),
             _explained(value),
-            _differences([item for part in [*report.findings, *report.store] for item in _listed(part)]),
+            _outputs(value),
+            _differences(report.differences),
             _partitions(value),
             _how(value),
             f"<footer>SHA-256 of the data in this page: <code id='sum'>{checksum}</code><br>".replace("'", '"'),
@@ -105,11 +106,6 @@ def certificate(report: Report) -> tuple[str, str]:
         f'<script id="data" type="application/json">{data}</script></body></html>\n'
     )
     return page, checksum
-
-
-def _listed(part: Any) -> list[Difference]:
-    found: list[Difference] = part.differences
-    return found
 
 
 def _header(value: Mapping[str, Any]) -> str:
@@ -215,6 +211,29 @@ def _timeframes(value: Mapping[str, Any]) -> str:
     ]
     head = (("timeframe", False), ("rows", True), ("equal", True), ("explained", True), ("unexplained", True))
     return "<h2>By timeframe</h2>" + _table(head, rows)
+
+
+def _outputs(value: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            escape(part["topic"]),
+            _count(part["records"]),
+            _count(part["equal"], "good"),
+            _count(part["pending"], "warn"),
+            _count(part["unexplained"], "bad"),
+        )
+        for part in value["outputs"]
+    ]
+    if not rows:
+        return ""
+    head = (
+        ("topic", False),
+        ("records of the replay", True),
+        ("equal in the run", True),
+        ("not sent before it ended", True),
+        ("unexplained", True),
+    )
+    return "<h2>What the worker publishes beside bars</h2>" + _table(head, rows)
 
 
 def _explained(value: Mapping[str, Any]) -> str:

@@ -91,6 +91,8 @@ def _show(output: Output, report: Report) -> None:
     identical = f"{bars['identical_records']:,} of {bars['records']:,} records byte for byte"
     output.line(f"{bars['rows']:,} rows of bars compared: {bars['equal']:,} equal; {identical}")
     output.line(f"ClickHouse: {stored['equal']:,} of {stored['rows']:,} final rows equal, {stored['pending']:,} not stored yet")
+    for part in report.outputs:
+        output.line(f"{part.topic}: {part.equal:,} of {part.records:,} records equal")
     for reason, count in bars["explained"].items():
         output.line(f"explained: {count:,} rows: {reason}")
     if bars["pending"]:
@@ -98,9 +100,7 @@ def _show(output: Output, report: Report) -> None:
     if report.not_retained:
         output.line(f"not compared: {report.not_retained:,} trades records that the topics no longer hold")
     output.line(f"{bars['trades']:,} trades replayed in {report.seconds:.1f} s: {report.trades_per_s:,.0f} trades/s")
-    differences = [item for part in report.findings for item in part.differences] + [
-        item for part in report.store for item in part.differences
-    ]
+    differences = report.differences
     for item in differences[:_SHOWN]:
         output.line(f"unexplained: {item.text()}")
     if report.unexplained:

@@ -13,12 +13,14 @@ from infra.errors import InputFileError, IntegrityError
 from infra.parity import Report
 from infra.parity_compare import NOT_RETAINED, OTHER_SCHEMA, SENT_TWICE, Comparison, Findings, LiveRecord, Record
 from infra.parity_html import read_certificate, write
+from infra.parity_outputs import Origin, OutputFindings, Outputs
 from infra.parity_repairs import Job, explain
 from infra.parity_rows import RowKey
 from infra.runs import Run
 from schemas.codec import FrameCodec, schema_text
 from schemas.frames import Frame
 from streams.bar_shard import BarShard
+from streams.records import OutRecord
 from tests.performance import market
 from tests.streams.test_bar_shard import CODECS, CONFIG
 
@@ -200,6 +202,42 @@ def test_the_schema_of_another_release_is_no_difference() -> None:
     assert (found.unexplained, found.explained) == (0, {OTHER_SCHEMA: frame.row_count})
 
 
+def outputs_of(*values: bytes) -> Outputs:
+    """A replay that made these dead letters of partition 1, one a trades record from offset 10 on."""
+    made = Outputs()
+    for place, value in enumerate(values):
+        made.take(10 + place, OutRecord("deadletter", 0, None, value), 1)
+    return made
+
+
+def held_against(made: Outputs, *values: bytes, killed: bool = False, stop: int = 20) -> OutputFindings:
+    """The findings where the topic holds ``values``; each tells its origin as ``name@offset``."""
+    records = [(0, Record(place, 1, value)) for place, value in enumerate(values)]
+
+    def origin(_: int, value: bytes) -> Origin | None:
+        return Origin(1, int(value.partition(b"@")[2])) if b"@" in value else None
+
+    return made.check("deadletter", records, origin, {1: (5, stop)}, killed=killed)
+
+
+def test_other_outputs_are_compared_as_a_set() -> None:
+    """In any order, sent again or not, and beside records of other writers."""
+    found = held_against(outputs_of(b"a@10", b"b@11"), b"b@11", b"of a person", b"a@10", b"b@11")
+    assert (found.records, found.equal, found.again, found.unexplained) == (2, 2, 1, 0)
+
+
+def test_an_output_too_few_or_too_many_is_found() -> None:
+    """Unless a killed run never sent it, or it belongs to trades that were not compared."""
+    found = held_against(outputs_of(b"a@10", b"b@11"), b"a@10", b"x@12")
+    assert [(item.what, item.input_offset) for item in found.differences] == [
+        ("a record of deadletter (0@1) is not in the replay", 12),
+        ("the run published no such record of deadletter", 11),
+    ]
+    found = held_against(outputs_of(b"a@10", b"b@11"), b"a@10", killed=True)
+    assert (found.unexplained, found.pending) == (0, 1)
+    assert held_against(outputs_of(b"a@10", b"b@11"), b"a@10", b"x@12", stop=11).unexplained == 0
+
+
 def report(found: Findings) -> Report:
     """A report of one partition."""
     places = {"trades": {0: 0}, "bars": {0: 0}}
@@ -218,6 +256,7 @@ def report(found: Findings) -> Report:
         run=run,
         findings=[found],
         store=[],
+        outputs=[held_against(outputs_of(b"a@10"), b"a@10")],
         settings=run.settings,
         replayed={0: (0, 0, len(TRADES))},
         not_retained=0,

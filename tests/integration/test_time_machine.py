@@ -210,6 +210,9 @@ async def test_a_run_killed_in_the_middle_replays_to_the_same_bytes(machine: Mac
     stored = report.store[found.partition]
     assert stored.rows == stored.equal == 367
     assert sum(part.pending for part in [*report.findings, *report.store]) == 0
+    outputs = {part.topic: part for part in report.outputs}
+    assert outputs["quality"].records == outputs["quality"].equal > 0
+    assert set(outputs) >= {"quality", "quarantine", "deadletter"}
 
 
 async def test_a_running_run_is_listed_with_its_stretch(machine: Machine) -> None:
