@@ -26,6 +26,7 @@ from collectors.breaker import Breaker
 from collectors.errors import BannedError, BreakerOpenError, RateLimitedError, RefusedError, UnavailableError, VenueError
 from infra.backfill_ledger import Lacking, ledger_columns, ledger_rows
 from infra.backfill_state import BackfillState, BackfillStates
+from infra.clickhouse.client import connect
 from infra.errors import SettingsError, UnreachableError
 from infra.kafka import FrameProducer
 from infra.progress import wait_stored
@@ -33,6 +34,7 @@ from infra.registry_client import RegistryClient
 from infra.repair_jobs import Job, RepairJobs, Wanted, wait_reconciled
 from infra.seam import SystemClock
 from infra.settings import Settings
+from infra.symbol_reader import SymbolReader
 from schemas.errors import SchemaError, nearest
 from schemas.frames import HISTORY, Frame
 from schemas.partitions import partition_of
@@ -321,12 +323,9 @@ class _Run:
         await producer.flush()
 
     def _held(self) -> list[Any]:
-        from infra.clickhouse.client import connect
-        from infra.repair_reader import RepairReader
-
         client = connect(self._settings.clickhouse)
         try:
-            return RepairReader(client, *self._instrument, 1_000).ledger(self._start_us, self._end_us)
+            return SymbolReader(client, *self._instrument).ledger(self._start_us, self._end_us)
         finally:
             client.close()
 

@@ -14,6 +14,7 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 from infra.clickhouse.client import connect, unreachable
 from infra.repair_jobs import RepairJobs, Wanted, wait_reconciled
 from infra.settings import Settings
+from infra.symbol_reader import SymbolReader
 from schemas.seam import Clock
 from schemas.symbols import Instrument
 from schemas.timeframes import US_PER_SECOND
@@ -59,8 +60,6 @@ async def heal(settings: Settings, instrument: Instrument, first_us: int, last_u
 
 def _meetings(settings: Settings, instrument: Instrument, first_us: int, last_us: int, before_offset: int) -> list[tuple[int, int]]:
     """Stretches ``[start, end)`` whose bars have trades of the file and older ones, or end where the other begins."""
-    from infra.repair_reader import RepairReader  # here: it brings the kernel along, half a second of every replay's start
-
     client = connect(settings.clickhouse)
     try:
         found = client.query(
@@ -68,7 +67,7 @@ def _meetings(settings: Settings, instrument: Instrument, first_us: int, last_us
             " AND exchange_time_us BETWEEN {f:Int64} AND {l:Int64}",
             parameters={"e": instrument.exchange, "s": instrument.symbol, "o": before_offset, "f": first_us, "l": last_us},
         )
-        reader = RepairReader(client, *instrument, 1_000)
+        reader = SymbolReader(client, *instrument)
         before, after = reader.before(first_us), reader.after(last_us + 1)
     except (ClickHouseError, OSError) as exc:
         raise unreachable(settings.clickhouse, exc) from exc

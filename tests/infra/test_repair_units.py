@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.repair_jobs import Job, Wanted
-from infra.repair_reader import Clock, Neighbour
+from infra.repair_reader import Clock
 from infra.repair_run import SETTLE_US, SymbolRun
 from infra.repair_triggers import merge, of_gaps, of_letter, of_quarantine
+from infra.symbol_reader import Neighbour
 from schemas.codec import FrameCodec
 from schemas.frames import Frame
 from schemas.timeframes import TIMEFRAMES, timeframe_seconds
