@@ -14,8 +14,21 @@ from infra.simulation.bugs import BUGS, planted
 from infra.simulation.world import Scenario, simulate
 
 SEEDS = int(os.environ.get("MARKETSTREAM_SIMULATION_SEEDS", "0"))
-KNOWN: dict[str, tuple[int, ...]] = {}
-"""Bug -> seeds that find it; the first of them that still does is enough."""
+KNOWN: dict[str, tuple[int, ...]] = {
+    "acknowledged-before-synced": (19,),
+    "snapshot-before-acknowledged": (51,),
+    "late-trade-dropped": (7,),
+    "sum-order": (7,),
+    "revision-not-raised": (7,),
+    "poison-stops-partition": (5,),
+    "commit-before-insert": (4,),
+    "in-doubt-ignored": (7,),
+    "known-trade-off-by-one": (6,),
+    "revision-taken-for-duplicate": (4,),
+}
+"""Bug -> seeds that found it when this was written; of the others the first ones do."""
+OTHERS = range(1, 100)
+"""Looked through where the known ones find nothing any more: what a seed means changes with what draws numbers."""
 
 
 def test_there_are_thirty_bugs_and_more() -> None:
@@ -27,7 +40,7 @@ def test_there_are_thirty_bugs_and_more() -> None:
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_found(name: str) -> None:
     """Within a thousand seeds; here by the few known to find it."""
-    for seed in range(1, SEEDS + 1) if SEEDS else KNOWN.get(name, (1, 2, 3)):
+    for seed in range(1, SEEDS + 1) if SEEDS else (*KNOWN.get(name, ()), *OTHERS):
         with planted(name):
             result = simulate(Scenario.drawn(seed))
         if result.violations:
@@ -37,10 +50,14 @@ def test_planted_bug_is_found(name: str) -> None:
 
 def test_nothing_stays_planted() -> None:
     """After the context the product is as it was: the seeds that found bugs find nothing."""
-    for name in ("skip-on-restore", "cursor-off-by-one", "gap-first-off-by-one"):
+    found = 0
+    for seed, name in enumerate(
+        ("skip-on-restore", "emitted-ignored", "fill-taken-for-duplicate", "cursor-behind", "flat-bars-forgotten"), 1
+    ):
         with planted(name):
-            assert simulate(Scenario.drawn(1)).violations
-    assert not simulate(Scenario.drawn(1)).violations
+            found += bool(simulate(Scenario.drawn(seed)).violations)
+        assert not simulate(Scenario.drawn(seed)).violations
+    assert found
 
 
 def test_command_finds_a_planted_bug_and_says_how_to_see_it_again(capsys: pytest.CaptureFixture[str]) -> None:
