@@ -85,7 +85,7 @@ def shell(settings: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: p
     return Shell(capsys)
 
 
-def until(check: Callable[[], Any], seconds: float = 30) -> Any:
+def until(check: Callable[[], Any], seconds: float = 90) -> Any:
     """What ``check()`` gives once it is true."""
     end = time.monotonic() + seconds
     while not (found := check()):
@@ -439,6 +439,30 @@ def test_two_commands_at_once_retry_a_letter_once(settings: Settings, shell: She
 
     assert sorted(asyncio.run(all_at_once())) == ["retried", "unchanged", "unchanged", "unchanged"]
     assert sum(end_offsets(settings.kafka, ["trades"])["trades"].values()) == before + 1
+
+
+def test_many_letters_of_a_reason_are_tried_in_one_go(settings: Settings, shell: Shell) -> None:
+    """100 messages, each a letter twice: 100 trades are stored, and one command settles all 200; prints how many a second."""
+    send_known(settings)
+
+    async def write() -> None:
+        with RegistryClient.from_settings(settings) as registry:
+            producer = FrameProducer(settings.kafka, registry)
+            for number in (*range(100), *range(100)):
+                raw = json.dumps({**MESSAGE, "data": {**MESSAGE["data"], "t": 10_000 + number}}).encode()  # type: ignore[dict-item]
+                fields = {"reason": "many", "detail": "d", "component": "collector", "exchange": "binance", "time_us": START_US}
+                await producer.send_row("deadletter", "", dead_letter(raw=raw, **fields))
+            await producer.flush()
+
+    asyncio.run(write())
+    wait_stored(settings, "deadletter")
+    started = time.monotonic()
+    code, done = shell("retry", "--reason", "many")
+    print(f"{200 / (time.monotonic() - started):.0f} letters a second", file=sys.stderr)
+    assert (code, done["retried"], len(done["results"])) == (0, 200, 200)
+    sql = "SELECT count(), uniqExact(trade_id) FROM trades WHERE symbol = 'BTC-USDT' AND trade_id >= 10000"
+    until(lambda: query(settings, sql) == [(100, 100)])
+    assert shell("list", "--reason", "many", "--state", "open")[1]["letters"] == []
 
 
 def test_the_api_lists_what_the_command_lists(settings: Settings, shell: Shell) -> None:

@@ -172,7 +172,7 @@ def poisons(topic: str, good: bytes) -> dict[str, bytes | None]:
     return found
 
 
-def until(check: Callable[[], Any], what: Callable[[], Any], seconds: float = 60) -> None:
+def until(check: Callable[[], Any], what: Callable[[], Any], seconds: float = 120) -> None:
     """Until ``check()`` holds; ``what()`` is said where it does not."""
     end = time.monotonic() + seconds
     while not check():
