@@ -4,7 +4,8 @@ Comes in: gaps and a way to ask for a page of a symbol's trades from an id on. G
 
 A gap that holds the watermark (a live one) is served before the long gaps of an absence, and those leave half of the venue's budget
 unspent for the next live one. A venue that cannot be reached does not lose a gap: it stays open and is asked for again, less and less often.
-Only the venue's own answer ends a gap: everything is there, or page after page it does not have what is missing.
+Only the venue's own answer ends a gap: everything is there, or page after page it does not have what is missing. A page answers for every
+gap of its symbol whose ids it spans: a feed that lost every second trade costs as many requests as one that lost them in a row.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 ROOM_WAIT_S: Final = 0.01
 """Wait for room in the batcher; frames are taken every linger."""
+_ALL_IDS: Final = 2**63
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,11 +68,17 @@ class _Job:
     gap: Gap
     position: int = 0
     """Ids before it were asked for in this pass."""
+    shown_id: int = -1
+    """The newest id the venue showed beyond what it was asked for: up to there it has nothing it did not show."""
     passes: int = 0
     failures: int = 0
     refusals: int = 0
     told_us: int = 0
     """Monotonic time of the last progress row."""
+
+    def next_id(self) -> int:
+        """The smallest missing id that was not asked for in this pass, -1 for none."""
+        return next((max(piece.first, self.position) for piece in self.gap.missing if piece.last >= self.position), -1)
 
 
 @dataclass(slots=True)
@@ -97,6 +105,7 @@ class GapFiller:
         self._config = config or FillerConfig()
         self._queue = _Queue()
         self._serial = count()
+        self._jobs: dict[tuple[int, int], set[_Job]] = {}  # (pipeline, code) -> what is not done of a symbol
         self._changed = asyncio.Event()
         self._warned_us = -(10**12)
 
@@ -108,7 +117,9 @@ class GapFiller:
 
     def add(self, pipeline: Pipeline, gap: Gap) -> None:
         """Fetch a gap. Returns at once."""
-        self._later(_Job(pipeline, gap), self._config.grace_s)
+        job = _Job(pipeline, gap)
+        self._jobs.setdefault(self._place(job), set()).add(job)
+        self._later(job, self._config.grace_s)
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -172,11 +183,12 @@ class GapFiller:
         """One page of a gap, or its end. Never raises for what the venue does."""
         gap = job.gap
         if gap.closed:
+            self._forget(job)
             return
         if not gap.missing:
             self._finish(job, complete=True)
             return
-        from_id = next((max(piece.first, job.position) for piece in gap.missing if piece.last >= job.position), -1)
+        from_id = job.next_id()
         if from_id < 0:
             self._pass_ended(job)
             return
@@ -202,6 +214,7 @@ class GapFiller:
         page, exhausted = await self._fetch(self._key(job), from_id, background=not live)
         ids = page["trade_id"]
         if not len(ids):
+            self._answered(job, from_id, _ALL_IDS, -1)
             return True
         while pipeline.batcher.room < len(ids):  # frames are taken every linger
             await clock.sleep(ROOM_WAIT_S)
@@ -209,17 +222,27 @@ class GapFiller:
             pipeline.backfill(gap, page, clock.now_us(), clock.monotonic_us())
         if exhausted and int(ids[0]) > from_id:
             return True  # only its newest trades are to be had: it showed nothing of what lies before them
-        job.position = max(int(ids[-1]), from_id) + 1
+        job.shown_id = int(ids[-1])
+        job.position = max(job.shown_id, from_id) + 1
+        self._answered(job, from_id, _ALL_IDS if exhausted else job.position, job.shown_id)
         return exhausted
+
+    def _answered(self, job: _Job, from_id: int, until_id: int, shown_id: int) -> None:
+        """The venue showed all it has of ids ``[from_id, until_id)``: other gaps of the symbol need not ask for them in this pass."""
+        for other in self._jobs.get(self._place(job), ()):
+            if other is not job and from_id <= other.next_id() < until_id:
+                other.position = until_id
+                other.shown_id = max(other.shown_id, shown_id)
 
     def _pass_ended(self, job: _Job) -> None:
         """The venue was asked for all that is missing, or has nothing further."""
         gap = job.gap
         if gap.closed:
+            self._forget(job)
             return
         job.passes += 1
         # ids that may have holes: the venue went beyond the gap, so that what it did not show does not exist
-        shown = (gap.anew or not job.pipeline.sequencer.consecutive) and job.position > gap.last_id
+        shown = (gap.anew or not job.pipeline.sequencer.consecutive) and job.shown_id >= gap.last_id
         if not gap.missing or shown or job.passes >= self._config.tries:
             self._finish(job, complete=not gap.missing or shown)
             return
@@ -260,7 +283,17 @@ class GapFiller:
             level = logging.WARNING if self.waiting < 3 else logging.DEBUG
             lost = ", ".join(f"{piece.first}..{piece.last}" for piece in gap.missing[:5])
             logger.log(level, "%s lacks trades %s: the venue does not have them.", self._key(job), lost)
+        self._forget(job)
         job.pipeline.ledger.done(gap, complete=complete)
+
+    def _forget(self, job: _Job) -> None:
+        jobs = self._jobs.get(self._place(job), set())
+        jobs.discard(job)
+        if not jobs:
+            self._jobs.pop(self._place(job), None)
+
+    def _place(self, job: _Job) -> tuple[int, int]:
+        return id(job.pipeline), job.gap.code
 
     def _key(self, job: _Job) -> str:
         return job.pipeline.batcher.key_of(job.gap.code)
