@@ -1,11 +1,12 @@
 """Which trades of each symbol are held back, and how many of them lie in the interval of each bar.
 
-Comes in: suspects held and released. Goes out: the ``held_count`` column of bars. Part of the state of its shard.
+Comes in: suspects held and released. Goes out: the ``held_count`` column of bars, and which trades of a frame are held already. Part of the
+state of its shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -49,6 +50,23 @@ class HeldBook:
         times.pop(trade_id, None)
         if not times:
             self._times.pop(key, None)
+
+    def known(self, symbols: tuple[str, ...], columns: Mapping[str, Array]) -> Array | None:
+        """Rows that are held already, whoever brings them again: bool, shape (n,); None when none is."""
+        if not self._times or not columns:
+            return None
+        largest = np.array([max(self._times[key]) if key in self._times else -1 for key in symbols], np.int64)
+        codes, ids = columns["symbol_code"], columns["trade_id"]
+        # a feed that goes on has larger ids: only what comes again is looked at closely
+        again = np.flatnonzero(ids <= largest[codes]) if len(symbols) else np.zeros(0, np.int64)
+        if not len(again):
+            return None
+        found = np.zeros(len(ids), np.bool_)
+        for code in np.unique(codes[again]).tolist():
+            mine = again[codes[again] == code]
+            held = self._times[symbols[code]]
+            found[mine] = np.isin(ids[mine], np.fromiter(held, np.int64, len(held)))
+        return found if found.any() else None
 
     def counts(self, symbols: tuple[str, ...], bars: dict[str, Array]) -> Array | None:
         """Held trades in the interval of each bar, int64, shape (n,); None when no symbol of these bars has any."""

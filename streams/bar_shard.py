@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy as np
 import numpy.typing as npt
 
 from processors.bars import REJECT_REASONS, BarBatches, BarConfig, BarEngine
@@ -34,6 +35,7 @@ from streams.records import OutRecord
 from streams.row_twin import RowTwin
 from streams.shard_state import pack_state, unpack_state
 
+Rows = npt.NDArray[np.int64]
 COMPONENT: Final = "worker"
 _PENDING_US: Final = 60 * US_PER_SECOND
 """Bars may wait this much longer than their length and the revision window for their last publication (the rings of the bar engine)."""
@@ -121,6 +123,7 @@ class BarShard:
         """What follows from a frame but its bars, and its bars; None for trades of the past, whose bars the repair makes."""
         if frame.gaps:
             self._gaps.apply(frame)
+        frame, origin = self._without_held(frame)
         verdict = self._gate.check(frame) if self._gate is not None else None
         records: list[OutRecord] = []
         batches = None
@@ -134,10 +137,22 @@ class BarShard:
             if counts is not None:
                 batches.bars["held_count"] = counts
             if len(batches.rejected["row"]):
-                records = self._rejected(offset, frame, batches, verdict)
+                records = self._rejected(offset, frame, batches, verdict, origin)
         if self._gate is not None:
             records += self._quality(offset, frame, batches, verdict)
         return records, batches
+
+    def _without_held(self, frame: Frame) -> tuple[Frame, Rows | None]:
+        """The frame without trades that are held already, and the rows that are left (None: all).
+
+        They come again by a reconnect or a second replay. They are no witnesses of themselves, another source must not bring them into the
+        bars, and telling of them again would undo what a person has decided since.
+        """
+        known = self._held.known(frame.symbols, frame.columns)
+        if known is None:
+            return frame, None
+        origin = np.flatnonzero(~known)
+        return replace(frame, columns={name: column[origin] for name, column in frame.columns.items()}), origin
 
     def _note(self, verdict: Verdict) -> None:
         """Remember what is held back from the bars; those of the past are counted by the repair, which makes their bars."""
@@ -152,7 +167,7 @@ class BarShard:
         gate, codecs = self._gate, self._codecs.quality
         assert gate is not None and codecs is not None
         records = []
-        if verdict is not None:
+        if verdict is not None and (verdict.held or verdict.confirmed):
             records.append(quarantine_record(codecs.quarantine, self.partition, offset, frame, verdict))
         if batches is not None and len(batches.rejected["row"]):
             gate.refused(frame, batches.rejected, verdict)
@@ -235,7 +250,7 @@ class BarShard:
         )
         return OutRecord("deadletter", 0, None, self._codecs.deadletter.encode(row))
 
-    def _rejected(self, offset: int, frame: Frame, batches: BarBatches, verdict: Verdict | None) -> list[OutRecord]:
+    def _rejected(self, offset: int, frame: Frame, batches: BarBatches, verdict: Verdict | None, origin: Rows | None) -> list[OutRecord]:
         records = []
         columns = frame.columns if verdict is None else verdict.columns
         for row, reason in zip(batches.rejected["row"].tolist(), batches.rejected["reason"].tolist(), strict=True):
@@ -254,7 +269,7 @@ class BarShard:
                 topic="trades",
                 partition=self.partition,
                 offset=offset,
-                place=f"row {row if verdict is None else verdict.rows[row]}",
+                place=_place(row, verdict, origin),
             )
             records.append(OutRecord("deadletter", 0, instrument.key.encode(), self._codecs.deadletter.encode(letter)))
         return records
@@ -269,6 +284,14 @@ def _instrument(key: str) -> Instrument:
 def _reach_us(config: BarConfig) -> int:
     """How far behind the watermark the oldest bar may open that can still be published."""
     return config.timeframe_us[-1] + config.revision_window_us + _PENDING_US
+
+
+def _place(row: int, verdict: Verdict | None, origin: Rows | None) -> str:
+    """Where a row that the engine was given stands in its record."""
+    row = row if verdict is None else int(verdict.rows[row])
+    if row < 0:
+        return "held in an earlier record"
+    return f"row {row if origin is None else origin[row]}"
 
 
 def _gate(config: BarConfig, codecs: BarCodecs, state: bytes = b"") -> QualityGate | None:

@@ -86,6 +86,24 @@ def test_a_wild_print_is_held_back_told_of_and_counted() -> None:
     assert not [record for record in records if record.topic == "deadletter"]
 
 
+def test_a_held_trade_that_comes_again_stays_held_and_is_told_of_once() -> None:
+    """By the same source, by another that knows nothing of the market yet, and by a fetched page; a row refused beside it keeps its place."""
+    shard = BarShard(0, CONFIG, CODECS)
+    first = run(shard, values(with_print()))
+    columns = market(with_print(), step_us=STEP_US)
+    columns["price"][WILD + 2] = np.nan
+    again = [
+        CODECS.trades.encode(replace(frame, source=source, flags=flags))
+        for source, flags in (("binance/ws", 0), ("binance/ws/1", 0), ("binance/ws/fill", HISTORY))
+        for frame in cut({name: column[WILD : WILD + 5] for name, column in columns.items()}, 5)
+    ]
+    records = run(shard, again)
+    assert not decoded(records, "quarantine")
+    assert newest_bars(first)[30]["held_count"] == 1
+    assert all(bar["low"] > 99 for bar in newest_bars(records, 60).values())
+    assert [CODECS.deadletter.decode(record.value)["place"] for record in records if record.topic == "deadletter"] == ["row 2", "row 2"]
+
+
 def test_a_jump_is_in_the_bars_and_no_count_stays() -> None:
     """Two are held, the third releases them, the bar is whole when it closes."""
     records = run(BarShard(0, CONFIG, CODECS), values(with_print(1.2, COUNT - WILD), 1))
@@ -202,6 +220,12 @@ def test_the_book_counts_held_trades_by_bar_and_is_bounded() -> None:
     counts = book.counts(("b", "a", "c"), bars)
     assert counts is not None
     assert counts.tolist() == [1, 1, 2, 0, 1, 0]
+    rows = {"symbol_code": np.array([0, 0, 1, 1, 2], np.int32), "trade_id": np.array([1, 2, 3, 9, 1])}
+    known = book.known(("b", "a", "c"), rows)
+    assert known is not None
+    assert known.tolist() == [True, False, True, False, False]
+    assert book.known(("c",), {name: column[4:] * 0 for name, column in rows.items()}) is None
+    assert book.known((), {}) is None
     book.release("a", 2)
     book.release("b", 1)
     book.release("c", 1)
