@@ -66,16 +66,30 @@ class BarRunner:
         self._share = max_snapshot_share
         self._logs: dict[int, StateLog] = {}
         self._saved: dict[int, int] = {}
+        self._restoring: dict[int, asyncio.Task[BarShard]] = {}
         self._next_snapshot_us = 0
         self._saving = asyncio.Lock()
 
+    def prepare(self, partition: int) -> asyncio.Task[BarShard]:
+        """Begin to restore a partition from its newest snapshot, where that was not begun yet."""
+        restoring = self._restoring.get(partition)
+        if restoring is None:
+            restoring = self._restoring[partition] = asyncio.create_task(asyncio.to_thread(self._restore, partition))
+        return restoring
+
     async def shard(self, partition: int) -> BarShard:
-        """The shard of a partition, restored from its newest snapshot on first use."""
-        found = self.shards.get(partition)
-        if found is None:
-            found = await asyncio.to_thread(self._restore, partition)
-            self.shards[partition] = found
-            self._saved[partition] = found.applied_offset
+        """The shard of a partition, restored from its newest snapshot on first use. Raises what the broker's failure to answer raises."""
+        while (found := self.shards.get(partition)) is None:
+            restoring = self.prepare(partition)
+            try:
+                restored = await asyncio.shield(restoring)
+            finally:
+                current = self._restoring.get(partition) is restoring
+                if current and restoring.done():
+                    del self._restoring[partition]
+            if current:  # dropped meanwhile: what was restored is another worker's by now
+                self.shards[partition] = restored
+                self._saved[partition] = restored.applied_offset
         return found
 
     async def handle(self, partition: int, offset: int, value: bytes) -> None:
@@ -113,6 +127,9 @@ class BarRunner:
         """Forget a partition that now belongs to another worker."""
         self.shards.pop(partition, None)
         self._saved.pop(partition, None)
+        abandoned = self._restoring.pop(partition, None)
+        if abandoned is not None:
+            abandoned.add_done_callback(_forget)
 
     def _log(self, partition: int) -> StateLog:
         if partition not in self._logs:
@@ -131,3 +148,9 @@ class BarRunner:
                 logger.info("Partition %d goes on after offset %d", partition, shard.applied_offset)
                 return shard
         return BarShard(partition, self._config, self._codecs, emitted_offset=emitted)
+
+
+def _forget(task: asyncio.Task[BarShard]) -> None:
+    """Take the result of a restore that nobody wants any more: an exception that nobody takes is a warning."""
+    if not task.cancelled():
+        task.exception()
