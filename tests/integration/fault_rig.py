@@ -23,6 +23,7 @@ from typing import Any
 from infra.clickhouse.client import connect
 from infra.provision import provision
 from infra.settings import Settings, load_settings
+from infra.stack.datadir import claim
 from infra.stack.supervisor import Stack
 from tests.integration.conftest import process_environ
 from tests.integration.fault_chain import ROOT, Chain
@@ -182,6 +183,7 @@ def rig(small_disk: tuple[str, SmallDisk] | None = None, **variables: str) -> It
         )
         stack = Stack(settings)
         if small_disk is not None:
+            claim(settings.data_dir).close()  # lays the folder out, which would not be taken with something in it already
             held.enter_context(small_disk[1](settings.data_dir / small_disk[0]))
         held.callback(stack.down)
         stack.up()
