@@ -14,24 +14,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from processors.bars import REJECT_REASONS, BarBatches, BarConfig, BarEngine
+from processors.bars import BarBatches, BarConfig, BarEngine
 from processors.gap_book import GapBook
 from processors.held_book import HeldBook
-from processors.quality import QualityConfig, QualityGate, Verdict
+from processors.quality import QualityGate, Verdict
+from processors.quality_config import QualityConfig
 from schemas.codec import FrameCodec, RowCodec, decode_learning
 from schemas.errors import DecodeError
 from schemas.frames import HISTORY, Frame
-from schemas.symbols import SIDE_NAMES, Instrument
 from schemas.timeframes import US_PER_SECOND
 from streams.deadletters import dead_letter
 from streams.errors import StateError
 from streams.quality_records import QualityCodecs, quality_record, quarantine_record
 from streams.records import OutRecord
+from streams.refused_trades import refused_trades
 from streams.row_twin import RowTwin
 from streams.shard_state import pack_state, unpack_state
 
@@ -128,7 +130,8 @@ class BarShard:
         records: list[OutRecord] = []
         batches = None
         if not frame.flags & HISTORY:
-            batches = self._engine.process(frame if verdict is None else replace(frame, columns=verdict.columns))
+            given = frame if verdict is None else replace(frame, columns=verdict.columns)
+            batches = self._engine.process(given)
             self.trade_count += batches.accepted
             if verdict is not None:
                 self._note(verdict)
@@ -137,7 +140,8 @@ class BarShard:
             if counts is not None:
                 batches.bars["held_count"] = counts
             if len(batches.rejected["row"]):
-                records = self._rejected(offset, frame, batches, verdict, origin)
+                codec, place = self._codecs.deadletter, partial(_place, verdict, origin)
+                records = refused_trades(codec, COMPONENT, self.partition, offset, given, batches, place)
         if self._gate is not None:
             records += self._quality(offset, frame, batches, verdict)
         return records, batches
@@ -250,43 +254,13 @@ class BarShard:
         )
         return OutRecord("deadletter", 0, None, self._codecs.deadletter.encode(row))
 
-    def _rejected(self, offset: int, frame: Frame, batches: BarBatches, verdict: Verdict | None, origin: Rows | None) -> list[OutRecord]:
-        records = []
-        columns = frame.columns if verdict is None else verdict.columns
-        for row, reason in zip(batches.rejected["row"].tolist(), batches.rejected["reason"].tolist(), strict=True):
-            instrument = _instrument(frame.symbols[columns["symbol_code"][row]])
-            trade = {name: column[row].item() for name, column in columns.items() if name != "symbol_code"}
-            trade["side"] = SIDE_NAMES.get(trade["side"], trade["side"])
-            code, detail = REJECT_REASONS[reason]
-            letter = dead_letter(
-                reason=code,
-                detail=f"{detail} The trade is stored; it is missing in the bars of {instrument.key}.",
-                component=COMPONENT,
-                raw=json.dumps({"source": frame.source, "key": instrument.key, **trade}).encode(),
-                time_us=trade["receive_time_us"],
-                exchange=instrument.exchange,
-                symbol=instrument.symbol,
-                topic="trades",
-                partition=self.partition,
-                offset=offset,
-                place=_place(row, verdict, origin),
-            )
-            records.append(OutRecord("deadletter", 0, instrument.key.encode(), self._codecs.deadletter.encode(letter)))
-        return records
-
-
-def _instrument(key: str) -> Instrument:
-    """The market of a key as far as it names one: a frame with a key that is none must not stop the partition."""
-    exchange, _, symbol = key.partition(":")
-    return Instrument(exchange, symbol)
-
 
 def _reach_us(config: BarConfig) -> int:
     """How far behind the watermark the oldest bar may open that can still be published."""
     return config.timeframe_us[-1] + config.revision_window_us + _PENDING_US
 
 
-def _place(row: int, verdict: Verdict | None, origin: Rows | None) -> str:
+def _place(verdict: Verdict | None, origin: Rows | None, row: int) -> str:
     """Where a row that the engine was given stands in its record."""
     row = row if verdict is None else int(verdict.rows[row])
     if row < 0:

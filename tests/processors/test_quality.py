@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from collectors.simulated.market import Market
 from collectors.simulated.regimes import MarketConfig
 from processors.errors import QualityConfigError, SnapshotError
-from processors.quality import REASON_PRICE, REASON_TIME, QualityConfig, QualityGate, Suspect
+from processors.quality import REASON_PRICE, REASON_TIME, QualityGate, Suspect
+from processors.quality_config import QualityConfig
 from schemas.codec import FrameCodec
 from schemas.frames import END_OF_SOURCE, HISTORY, Frame, frame_from_polars
 from tests.processors.market_data import binance_capture, data_file, kraken_trades, with_symbol
