@@ -74,7 +74,7 @@ class SimBroker:
         self.partitions = partitions
         self.up = True
         self.latency_us = 300
-        self.sync_us = 500
+        self.sync_us = self.fast_sync_us = 500
         """A record is durable this long after it arrived."""
         self.lost_answers = 0.0
         """Share of acknowledgements that get lost although the records are kept."""

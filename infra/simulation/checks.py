@@ -6,19 +6,16 @@ The truth is what the market traded. Violations are sentences that name the inva
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from infra.simulation.broker import Place, SimBroker
-from infra.simulation.components import EXCHANGE, SINK_GROUP, describe, frame_codec, row_codec
+from infra.simulation.components import EXCHANGE, describe, row_codec
 from processors.bars import build
 from processors.quality import DISCARDED, HELD
-from schemas.errors import DecodeError
-from schemas.frames import GAP_OPEN, GAP_UNFILLABLE, HISTORY, Frame
+from schemas.frames import GAP_OPEN, GAP_UNFILLABLE, HISTORY
 from schemas.partitions import partition_of
 from schemas.timeframes import timeframe_seconds
 
@@ -56,30 +53,16 @@ def violations(world: World) -> list[str]:
 def _letters(world: World) -> list[str]:
     """A dead letter for each record that nobody could read (again after a crash, perhaps), and none for anything else."""
     letters = [row_codec("deadletter").decode(value) for value in world.broker.values("deadletter", 0)]
-    found = [f"dead letter without reason: {describe(row)}" for row in letters if row["reason"] != "undecodable_frame"]
+    expected = {"undecodable_frame", "malformed_message"} if world.malformed else {"undecodable_frame"}
+    found = [f"dead letter without reason: {describe(row)}" for row in letters if row["reason"] not in expected]
     told = {(row["partition"], row["offset"]) for row in letters if row["reason"] == "undecodable_frame" and row["topic"] == "trades"}
     spoilt = set()
     for partition in range(world.broker.partitions):
-        values = world.broker.values("trades", partition)
-        spoilt |= {(partition, offset) for offset, value in enumerate(values) if _decoded("trades", value) is None}
+        frames = world.frames.of("trades", partition)
+        spoilt |= {(partition, offset) for offset, frame in enumerate(frames) if frame is None}
     if told != spoilt:
         found.append(f"dead letters: told of {sorted(told)}, unreadable are {sorted(spoilt)}")
     return found
-
-
-def _decoded(topic: str, value: bytes) -> Frame | None:
-    """The frame of a record, None for one nobody can read."""
-    try:
-        return frame_codec(topic).decode(value)
-    except DecodeError:
-        return None
-
-
-def truth(world: World, symbol: str) -> Columns:
-    """What the market traded of a symbol until the world was over; it trades on, so that watermarks do."""
-    trades = world.exchange.truth(symbol.replace("-", ""))
-    before = trades["exchange_time_us"] < world.end_us
-    return {name: column[before] for name, column in trades.items()}
 
 
 def _key(symbol: str) -> str:
@@ -96,7 +79,7 @@ def stored_trades(world: World, symbol: str) -> Columns:
 
 def _trades(world: World, symbol: str) -> list[str]:
     """Every trade of the truth is stored once, as it was."""
-    wanted, stored = truth(world, symbol), stored_trades(world, symbol)
+    wanted, stored = world.truth(symbol), stored_trades(world, symbol)
     ids, held = wanted["trade_id"], stored["trade_id"]
     doubled = np.unique(held[1:][held[1:] == held[:-1]])
     missing = np.setdiff1d(ids, held)
@@ -130,9 +113,8 @@ def held_back(world: World, symbol: str) -> npt.NDArray[np.int64]:
     """Ids of trades that the checks hold back from the bars: the newest word on them in the topic."""
     key = _key(symbol)
     states: dict[int, int] = {}
-    for value in world.broker.values("quarantine", partition_of(key, world.broker.partitions)):
-        frame = frame_codec("quarantine").decode(value)
-        if key in frame.symbols:
+    for frame in world.frames.of("quarantine", partition_of(key, world.broker.partitions)):
+        if frame is not None and key in frame.symbols:
             mine = frame.columns["symbol_code"] == frame.symbols.index(key)
             states |= dict(zip(frame.columns["trade_id"][mine].tolist(), frame.columns["state"][mine].tolist(), strict=True))
     return np.array(sorted(trade_id for trade_id, state in states.items() if state in _OUT), np.int64)
@@ -141,12 +123,12 @@ def held_back(world: World, symbol: str) -> npt.NDArray[np.int64]:
 def _past_times(world: World, symbol: str) -> npt.NDArray[np.int64]:
     """Times of the trades of a symbol that came as trades of the past."""
     key = _key(symbol)
-    found = [np.empty(0, np.int64)]
-    for value in world.broker.values("trades", partition_of(key, world.broker.partitions)):
-        frame = _decoded("trades", value)
-        if frame is not None and frame.flags & HISTORY and key in frame.symbols:
-            found.append(frame.columns["exchange_time_us"][frame.columns["symbol_code"] == frame.symbols.index(key)])
-    return np.unique(np.concatenate(found))
+    found = [
+        frame.columns["exchange_time_us"][frame.columns["symbol_code"] == frame.symbols.index(key)]
+        for frame in world.frames.of("trades", partition_of(key, world.broker.partitions))
+        if frame is not None and frame.flags & HISTORY and key in frame.symbols
+    ]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *found]))
 
 
 def _right_without_repair(wanted: Columns, past_us: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -162,23 +144,11 @@ def _right_without_repair(wanted: Columns, past_us: npt.NDArray[np.int64]) -> np
 
 def _bars(world: World, symbol: str, past_us: npt.NDArray[np.int64] | None = None) -> list[str]:
     """Stored bars equal those built of the truth in one go, as far as the truth has closed them; ``past_us``: but for trades of these times."""
-    trades = world.exchange.truth(symbol.replace("-", ""))
-    held = held_back(world, symbol)
-    if len(held):
-        kept = ~np.isin(trades["trade_id"], held)
-        trades = {name: column[kept] for name, column in trades.items()}
-    if not len(trades["trade_id"]):
-        return []
-    frame = pl.DataFrame({"exchange": EXCHANGE, "symbol": symbol, **{name: trades[name] for name in _TRADE}})
     found = []
-    timeframes = world.scenario.tuning.timeframes
-    built = build(frame, list(timeframes))
-    for timeframe in timeframes:
-        wanted = _columns(built.filter(pl.col("timeframe") == timeframe))
-        closed = wanted["close_time_us"] <= world.end_us
+    for timeframe, wanted in true_bars(world, symbol).items():
         if past_us is not None:
-            closed &= _right_without_repair(wanted, past_us)
-        wanted = {name: column[closed] for name, column in wanted.items()}
+            right = _right_without_repair(wanted, past_us)
+            wanted = {name: column[right] for name, column in wanted.items()}
         have = newest_bars(world, symbol, timeframe)
         opens, held = wanted["open_time_us"], have["open_time_us"]
         rows = world.store.rows("bars", _key(symbol))
@@ -198,6 +168,29 @@ def _bars(world: World, symbol: str, past_us: npt.NDArray[np.int64] | None = Non
     return found
 
 
+def true_bars(world: World, symbol: str) -> dict[str, Columns]:
+    """Timeframe -> the bars of the truth that are closed, by the batch; without the trades that are held back."""
+    held = held_back(world, symbol)
+    place = (symbol, held.tobytes())
+    known = world.true_bars.get(place)
+    if known is not None:
+        return known
+    trades = world.exchange.truth(symbol.replace("-", ""))
+    kept = ~np.isin(trades["trade_id"], held)
+    # the bar that is open at the end needs what comes after it; the rest of the time until now changes nothing before
+    columns = {name: trades[name][kept] for name in _TRADE}
+    found = world.true_bars[place] = {name: {} for name in world.scenario.tuning.timeframes}
+    built = build(pl.DataFrame({"exchange": EXCHANGE, "symbol": symbol, **columns}), list(found)) if kept.any() else None
+    for timeframe in found:
+        if built is None:
+            found[timeframe] = {name: np.empty(0, np.int64) for name in _BAR}
+            continue
+        bars = _columns(built.filter(pl.col("timeframe") == timeframe))
+        closed = bars["close_time_us"] <= world.end_us
+        found[timeframe] = {name: column[closed] for name, column in bars.items()}
+    return found
+
+
 def _columns(built: pl.DataFrame) -> Columns:
     times = {f"{name}_us": built[name].dt.epoch("us").to_numpy() for name in ("open_time", "close_time")}
     return times | {name: built[name].to_numpy() for name in _BAR if name not in times}
@@ -205,8 +198,7 @@ def _columns(built: pl.DataFrame) -> Columns:
 
 def _one_to_one(world: World, partition: int) -> list[str]:
     """Every trades record has exactly one bars record, in order."""
-    offsets = [frame_codec("bars").decode(value).input_offset for value in world.broker.values("bars", partition)]
-    offsets = [offset for offset in offsets if offset >= 0]
+    offsets = [frame.input_offset for frame in world.frames.of("bars", partition) if frame is not None and frame.input_offset >= 0]
     wanted = list(range(world.broker.end("trades", partition)))
     if offsets == wanted[: len(offsets)] and len(wanted) - len(offsets) <= 2:  # the newest ones are under way
         return []
@@ -223,9 +215,8 @@ def _ledger(world: World, symbol: str) -> list[str]:
     """Every gap of the ledger is closed, as filled: the venue had all of it. The newest row of a gap is valid."""
     key = _key(symbol)
     newest: dict[int, tuple[int, int, int]] = {}
-    for value in world.broker.values("gaps", partition_of(key, world.broker.partitions)):
-        frame = frame_codec("gaps").decode(value)
-        if key in frame.symbols:
+    for frame in world.frames.of("gaps", partition_of(key, world.broker.partitions)):
+        if frame is not None and key in frame.symbols:
             columns = frame.columns
             mine = columns["symbol_code"] == frame.symbols.index(key)
             names = ("gap_id", "state", "first_missing_id", "last_missing_id")
@@ -240,7 +231,7 @@ def _ledger(world: World, symbol: str) -> list[str]:
 
 def _complete(world: World, symbol: str) -> list[str]:
     """After the repair every bar is complete that begins after the symbol's first trade: nothing is missing any more."""
-    first = truth(world, symbol)["exchange_time_us"][:1]
+    first = world.truth(symbol)["exchange_time_us"][:1]
     if not len(first):
         return []
     found = []
@@ -258,10 +249,9 @@ def _topic_rows(world: World, channel: str, symbol: str, timeframe: str) -> tupl
     key = _key(symbol)
     found: dict[tuple[int, int], None] = {}
     due, partition = 0, partition_of(key, world.broker.partitions)
-    for offset, value in enumerate(world.broker.values(channel, partition)):
+    for offset, frame in enumerate(world.frames.of(channel, partition)):
         if offset < world.due.get((channel, partition), 0):
             due = len(found)
-        frame = _decoded(channel, value)
         if frame is None or key not in frame.symbols or not frame.row_count:
             continue
         columns = frame.columns
@@ -293,82 +283,6 @@ def _client(world: World) -> list[str]:
         else:
             found.append(f"client: {name} got its rows in another order or too many")
     return found
-
-
-def collected(world: World) -> Callable[[], bool]:
-    """Whether everything the market traded is published, no gap is open, and the watermark lies beyond the last trade's bar."""
-    newest = {symbol: int(max(truth(world, symbol)["trade_id"], default=-1)) for symbol in world.symbols()}
-    end_us = world.end_us + 1_000_000 * timeframe_seconds(world.scenario.tuning.timeframes[0])
-
-    def done() -> bool:
-        collector = world.outside.hooks.get("collector")
-        if collector is None or not world.processes["collector"].alive:
-            return False
-        if any(True for shard in collector.shards for _ in shard.pipeline.sequencer.open_gaps()):
-            return False
-        world.progress.read()
-        if any(world.progress.newest_id(symbol) < trade_id for symbol, trade_id in newest.items()):
-            return False
-        return all(watermark_us >= end_us for watermark_us in world.progress.watermark_us)
-
-    return done
-
-
-class Progress:
-    """How far the topics have come, read record by record as they grow."""
-
-    def __init__(self, broker: SimBroker) -> None:
-        self.watermark_us = [0] * broker.partitions
-        self.emitted = [-1] * broker.partitions
-        """``input_offset`` of the newest bars record made from a trades record."""
-        self._broker = broker
-        self._read: dict[Place, int] = {}
-        self._newest: dict[str, int] = {}
-
-    def newest_id(self, symbol: str) -> int:
-        """Newest trade id of a symbol in the topic, -1 for none."""
-        return self._newest.get(_key(symbol), -1)
-
-    def read(self) -> Progress:
-        """Take in what is new; itself."""
-        for partition in range(self._broker.partitions):
-            for frame in self._frames("trades", partition):
-                self.watermark_us[partition] = max(self.watermark_us[partition], frame.watermark_us)
-                for code, key in enumerate(frame.symbols):
-                    ids = frame.columns["trade_id"][frame.columns["symbol_code"] == code]
-                    if len(ids):
-                        self._newest[key] = max(self._newest.get(key, -1), int(ids.max()))
-            for frame in self._frames("bars", partition):
-                self.emitted[partition] = max(self.emitted[partition], frame.input_offset)
-        return self
-
-    def _frames(self, topic: str, partition: int) -> Iterator[Frame]:
-        log = self._broker.logs[(topic, partition)]
-        start = self._read.get((topic, partition), 0)
-        self._read[(topic, partition)] = log.synced
-        for record in log.records[start : log.synced]:
-            frame = _decoded(topic, record.value)
-            if frame is not None:
-                yield frame
-
-
-def caught_up(world: World, name: str) -> Callable[[], bool]:
-    """Whether a component has caught up with what there is at the time of this call."""
-    broker = world.broker
-    partitions = range(broker.partitions)
-    if name == "worker":
-        ends = [broker.end("trades", partition) for partition in partitions]
-        return lambda: all(world.progress.read().emitted[partition] >= ends[partition] - 1 for partition in partitions)
-    if name == "sink":
-        wanted = {(topic, p): broker.end(topic, p) for topic in ("trades", "bars") for p in partitions}
-        return lambda: all(broker.committed.get((SINK_GROUP, *place), 0) >= end for place, end in wanted.items())
-    if name == "broker":
-        ends = [broker.end("trades", partition) for partition in partitions]
-        return lambda: all(broker.end("trades", partition) > ends[partition] for partition in partitions)
-    if name == "api":
-        return lambda: len(world.subscriber.confirmed) == len(world.subscriber.received)
-    before = {symbol: int(max(truth(world, symbol)["trade_id"], default=-1)) for symbol in world.symbols()}
-    return lambda: all(world.progress.read().newest_id(symbol) >= newest for symbol, newest in before.items())
 
 
 def table_hashes(world: World) -> dict[str, str]:

@@ -14,7 +14,6 @@ import random as global_random
 import secrets
 from collections.abc import Callable, Coroutine, Iterator
 from contextvars import copy_context
-from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Final
 
@@ -30,14 +29,16 @@ from infra.simulation.client import Series, Subscriber
 from infra.simulation.components import EXCHANGE, EXCHANGE_PLACE, Outside, Tuning, run_api, run_collector, run_sink, run_worker
 from infra.simulation.disk import SimDisk
 from infra.simulation.loop import Process, SimClock, VirtualLoop
+from infra.simulation.misfortunes import Misfortunes
 from infra.simulation.network import MemoryTransport, Network
+from infra.simulation.progress import Frames, Progress, caught_up, collected
 from infra.simulation.repairing import repair
+from infra.simulation.scenario import COMPONENTS, Result, Scenario
 from infra.simulation.store import SimStore
 from infra.simulation.trace import Trace
 
 START_US: Final = 1_767_225_600_000_000
 """2026-01-01 00:00 UTC, moved by up to a minute per seed."""
-COMPONENTS: Final = ("collector", "broker", "worker", "sink", "api")
 _MAINS: Final[dict[str, Callable[[Outside], Coroutine[Any, Any, None]]]] = {
     "collector": run_collector,
     "worker": run_worker,
@@ -48,73 +49,6 @@ _WARM_S: Final = 4.0
 """Trading without faults before them, so that every symbol has traded: a feed that never gave a trade has no past to compare with."""
 _SETTLE_S: Final = 90.0
 """Each stage may take so long after the last trade: a connection that fell silent is noticed and its gap filled meanwhile."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scenario:
-    """One world, wholly."""
-
-    seed: int
-    duration_s: float = 40.0
-    """Trading time after the warm-up."""
-    kills: int = 4
-    """Kill points, spread over ``targets``."""
-    targets: tuple[str, ...] = COMPONENTS
-    faults: bool = True
-    """Whether the network, the exchange, the broker and the store misbehave besides."""
-    skew_us: int = 0
-    """How far the collector's wall clock is off."""
-    tuning: Tuning = field(default_factory=Tuning)
-
-    @classmethod
-    def drawn(cls, seed: int, *, kills: int | None = None, targets: tuple[str, ...] = COMPONENTS) -> Scenario:
-        """The scenario of a seed: rates, waits and sizes differ from one to the next, so that bugs of few sizes are met too."""
-        random = Random(f"{seed}/scenario")
-        tuning = Tuning(
-            partitions=random.choice((1, 2)),
-            rate=random.choice((3.0, 6.0, 12.0)),
-            linger_ms=random.choice((100.0, 250.0, 500.0)),
-            snapshot_interval_s=random.choice((0.5, 2.0, 5.0)),
-            sink_linger_s=random.choice((0.3, 1.0, 2.0)),
-            page_rows=random.choice((5, 20, 1_000)),
-        )
-        return cls(
-            seed=seed,
-            duration_s=25.0,
-            kills=random.randint(3, 10) if kills is None else kills,
-            targets=targets,
-            skew_us=random.choice((0, 0, -3_000_000, 40_000_000)),
-            tuning=tuning,
-        )
-
-    @classmethod
-    def plain(cls, seed: int) -> Scenario:
-        """Nothing goes wrong: five minutes as fast as they go."""
-        tuning = Tuning(partitions=1, rate=2.0, linger_ms=2_000.0, heartbeat_ms=2_000.0, check_s=1.0, sink_linger_s=5.0)
-        return cls(seed=seed, duration_s=300.0, kills=0, faults=False, tuning=tuning)
-
-
-@dataclass(kw_only=True, slots=True)
-class Result:
-    """What a world came to."""
-
-    seed: int
-    digest: str
-    violations: list[str]
-    virtual_s: float
-    wall_s: float
-    steps: int
-    trades: int
-    kills: dict[str, int]
-    recovery_s: dict[str, list[float]]
-    """Per component and kill: virtual seconds from its restart until it had caught up with what there was then."""
-    tables: dict[str, str] = field(default_factory=dict)
-    """Table -> SHA-256 of what it holds, apart from when and where it was received."""
-
-    @property
-    def speed(self) -> float:
-        """Virtual seconds a second."""
-        return self.virtual_s / self.wall_s if self.wall_s else 0.0
 
 
 class World:
@@ -145,8 +79,9 @@ class World:
         self.kills: dict[str, int] = {}
         self.recovery_s: dict[str, list[float]] = {}
         self.exits: list[str] = []
-        self.kills_left = 0
-        """Kill points kept for the moment after another one."""
+        self.misfortunes = Misfortunes(self, Random(f"{seed}/misfortunes"))
+        self.malformed = False
+        """Whether the exchange sent what is no message."""
         self.live_violations: list[str] = []
         """What was wrong before the repair."""
         self.unsettled: list[str] = []
@@ -155,7 +90,9 @@ class World:
         """Trades before it must all be there; the market goes on, so that watermarks do."""
         self.due: dict[tuple[str, int], int] = {}
         """Records that everybody must have got at the end, per (topic, partition)."""
-        self.progress = checks.Progress(self.broker)
+        self.true_bars: dict[tuple[str, bytes], dict[str, dict[str, Any]]] = {}
+        self.frames = Frames(self.broker)
+        self.progress = Progress(self.broker, self.frames)
         self._context = copy_context()
         self._recovering: dict[str, tuple[float, Callable[[], bool]]] = {}
 
@@ -196,10 +133,10 @@ class World:
         market = self.exchange
         market.set_rate(scenario.tuning.rate)
         await self.clock.sleep(_WARM_S)
-        faults = asyncio.ensure_future(self._misfortunes())
+        faults = asyncio.ensure_future(self.misfortunes.run())
         await self.clock.sleep(scenario.duration_s)
         await faults
-        self._calm_down()
+        self.misfortunes.end()
         await self.clock.sleep(1.0)
         self.end_us = self.loop.now_us
         self.over = True
@@ -213,9 +150,7 @@ class World:
         await self.clock.sleep(0.5)
         for name in stages:
             self.due = {place: log.synced for place, log in self.broker.logs.items()}
-            done = (
-                self._all_alive if name == "processes" else checks.collected(self) if name == "collector" else checks.caught_up(self, name)
-            )
+            done = self._all_alive if name == "processes" else collected(self) if name == "collector" else caught_up(self, name)
             if not await self._until(done, _SETTLE_S):
                 self.unsettled.append(f"the {name} had not caught up {_SETTLE_S:g} s after the last trade")
             await self.clock.sleep(max(0.2, 2 * self.scenario.tuning.linger_ms / 1_000))  # what is done may still be on its way out
@@ -257,6 +192,12 @@ class World:
         universe = self.exchange.exchange.venues["spot"].market.universe
         return [f"{base}-USDT" for base in universe.bases]
 
+    def truth(self, symbol: str) -> dict[str, Any]:
+        """What the market traded of a symbol until the world was over; it trades on, so that watermarks do."""
+        trades = self.exchange.truth(symbol.replace("-", ""))
+        before = trades["exchange_time_us"] < self.end_us
+        return {name: column[before] for name, column in trades.items()}
+
     def start(self, name: str) -> None:
         """Start (again) a component."""
         before = self.processes.get(name)
@@ -286,8 +227,7 @@ class World:
         self.trace.note("kill", process, self.loop.steps)
         self.loop.kill(process)
         self.dead.append(process)
-        # in the world's own context: whoever calls may be the process that dies
-        self.loop.call_later(self.random.uniform(0.2, 2.0), self._restart, process.name, context=self._context)
+        self.later(self.random.uniform(0.2, 2.0), self._restart, process.name)
 
     def _restart(self, name: str) -> None:
         self.start(name)
@@ -298,134 +238,17 @@ class World:
         if self.broker.up:
             self.kills["broker"] = self.kills.get("broker", 0) + 1
             self.broker.crash()
-            self.loop.call_later(away_s or self.random.uniform(0.2, 2.0), self._restart_broker, context=self._context)
+            self.later(away_s or self.random.uniform(0.2, 2.0), self._restart_broker)
 
     def _restart_broker(self) -> None:
         self.broker.restart()
         self._watch("broker")
-        if self.random.random() < 0.3 and not self.over and self.kills_left > 0:  # misfortunes come in pairs
-            self.kills_left -= 1
-            victim = self.random.choice([name for name in self.scenario.targets if name != "broker"] or ["broker"])
-            self.loop.call_later(self.random.uniform(0.0, 0.3), self._strike, victim, context=self._context)
+        if not self.over:
+            self.misfortunes.strike_after()
 
-    # -- misfortunes
-
-    async def _misfortunes(self) -> None:
-        """Everything that goes wrong, at moments drawn in advance."""
-        scenario, random = self.scenario, self.random
-        plan: list[tuple[float, int, Callable[[], None]]] = []
-        alone = scenario.kills - (scenario.kills // 4 if "broker" in scenario.targets else 0)
-        self.kills_left = scenario.kills - alone
-        for number in range(alone):
-            target = random.choice(scenario.targets)
-            plan.append((random.uniform(0.0, scenario.duration_s), number, lambda target=target: self._strike(target)))  # type: ignore[misc]
-        if scenario.faults:
-            mishaps = range(1_000, 1_000 + max(1, int(scenario.duration_s / 4)))
-            plan += [(random.uniform(0.0, scenario.duration_s), number, self._mishap) for number in mishaps]
-        start = self.loop.time()
-        for moment, _, act in sorted(plan, key=lambda entry: entry[:2]):
-            await self.clock.sleep(max(0.0, start + moment - self.loop.time()))
-            act()
-
-    def _strike(self, target: str) -> None:
-        """Kill a component between two of the next steps, or inside one of its next calls to the outside world."""
-        random = self.random
-        if target == "broker":
-            self._ambush(self.crash_broker)
-            return
-        process = self.processes[target]
-        if target != "api" and random.random() < 0.5:
-            process.doomed_in = random.randint(1, 12)
-            self.loop.call_later(2.0, self._ambush, lambda: self.kill(process))
-        else:
-            self._ambush(lambda: self.kill(self.processes[target]))
-
-    def _ambush(self, act: Callable[[], None]) -> None:
-        if self.over:
-            return
-        if self.loop.ambush_step > self.loop.steps:  # one at a time: the other one strikes a little later
-            self.loop.call_later(0.3, self._ambush, act)
-            return
-        self.loop.ambush_step = self.loop.steps + self.random.randint(1, 80)
-        self.loop.ambush = act
-
-    def _mishap(self) -> None:
-        """Something that is not a kill."""
-        random = self.random
-        kind = random.choice(
-            (
-                "cut",
-                "silence",
-                "stalls",
-                "drop",
-                "duplicate",
-                "reorder",
-                "client",
-                "answers",
-                "store answers",
-                "store away",
-                "refused",
-                "again",
-                "poison",
-            )  # fmt: skip
-        )
-        self.trace.note("mishap", kind)
-        network, broker, store = self.network, self.broker, self.store
-        later = self.loop.call_later
-        if kind == "cut":
-            network.cut("collector", "exchange")
-        elif kind == "silence":
-            network.silence("collector", "exchange")
-        elif kind == "stalls":
-            network.weather = replace(network.weather, stall_share=0.3, cut_share=0.5)
-            later(5.0, self._fair_weather)
-        elif kind in ("drop", "duplicate", "reorder"):
-            symbol = random.choice(self.exchange.exchange.venues["spot"].market.universe.symbols)
-            self.exchange.inject({"fault": kind, "symbol": symbol, "count": random.randint(2, 5)})
-        elif kind == "slow sync":
-            broker.sync_us = 400_000
-            later(4.0, lambda: setattr(broker, "sync_us", 500))
-        elif kind == "broker away":
-            self.crash_broker(random.uniform(3.0, 7.0))
-        elif kind == "power cut":
-            self.kill(self.processes["collector"])
-            self.outside.disk.power_cut()
-        elif kind in ("again", "poison"):
-            self._inject(kind)
-        elif kind == "client":
-            if self.subscriber.wire is not None:
-                self.subscriber.wire.cut()
-        elif kind == "answers":
-            broker.lost_answers = 0.3
-            later(3.0, lambda: setattr(broker, "lost_answers", 0.0))
-        elif kind == "store answers":
-            store.lost_answers = 0.5
-            later(3.0, lambda: setattr(store, "lost_answers", 0.0))
-        elif kind == "refused":
-            store.refused = 0.5
-            later(3.0, lambda: setattr(store, "refused", 0.0))
-        else:
-            store.up = False
-            later(random.uniform(0.5, 4.0), lambda: setattr(store, "up", True))
-
-    def _inject(self, kind: str) -> None:
-        """A record of trades that nobody can read, or a recent one once more, as a second collector would send it."""
-        partition = self.random.randrange(self.broker.partitions)
-        records = self.broker.logs[("trades", partition)].records
-        if kind == "poison":
-            self.broker.inject(("trades", partition), b"\x00\x00\x00\x00\x01" + self.random.randbytes(20))
-        elif records:
-            back = 1 if self.random.random() < 0.5 else self.random.randint(1, min(10, len(records)))
-            self.broker.inject(("trades", partition), records[-back].value)
-
-    def _fair_weather(self) -> None:
-        self.network.weather = replace(self.network.weather, stall_share=0.0, cut_share=0.0)
-
-    def _calm_down(self) -> None:
-        self._fair_weather()
-        self.broker.lost_answers = self.store.lost_answers = self.store.refused = 0.0
-        self.store.up = True
-        self.exchange.inject({"fault": "clear"})
+    def later(self, delay_s: float, act: Callable[..., None], *arguments: object) -> None:
+        """Call ``act`` after some time, in the world's own context: whoever asks may be the process that dies."""
+        self.loop.call_later(delay_s, act, *arguments, context=self._context)
 
     # -- waiting
 
@@ -449,8 +272,8 @@ class World:
 
     def _watch(self, name: str) -> None:
         """Measure how long a restarted component needs to catch up with what there is now."""
-        self._recovering[name] = (self.loop.time(), checks.caught_up(self, name))
-        self.loop.call_later(0.05, self._look, name, context=self._context)
+        self._recovering[name] = (self.loop.time(), caught_up(self, name))
+        self.later(0.05, self._look, name)
 
     def _look(self, name: str) -> None:
         entry = self._recovering.get(name)
@@ -463,7 +286,7 @@ class World:
             del self._recovering[name]
             self.recovery_s.setdefault(name, []).append(round(self.loop.time() - since, 3))
         else:
-            self.loop.call_later(0.05, self._look, name)
+            self.later(0.05, self._look, name)
 
     def _on_data(self, transport: MemoryTransport, data: bytes) -> None:
         self.trace.note("data", transport.process, data=data)
@@ -501,6 +324,9 @@ def _paced(tuning: Tuning) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(session, name, value)
+
+
+__all__ = ["COMPONENTS", "Result", "Scenario", "World", "simulate"]
 
 
 def simulate(scenario: Scenario, tell: Callable[[str], None] | None = None) -> Result:
