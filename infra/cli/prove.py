@@ -41,7 +41,7 @@ def prove(output: Output, *, wanted: Sequence[str], short: bool, data_dir: Path)
         (result,) = run([line], short=short, on_step=told)
         results.append(result)
         if not output.as_json:
-            for text in as_text([result])[:-1]:
+            for text in as_text([result], short=short)[:-1]:
                 output.line(text)
     folder = data_dir / "prove"
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def prove(output: Output, *, wanted: Sequence[str], short: bool, data_dir: Path)
     if output.as_json:
         output.emit(found)
     else:
-        output.line(as_text(results)[-1])
+        output.line(as_text(results, short=short)[-1])
         output.line(f"{folder / 'prove.html'} and prove.json beside it")
     bad = [item.name for item in results if not item.ok]
     if bad:

@@ -24,7 +24,7 @@ def figure_text(figures: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def as_text(results: Sequence[LineResult]) -> list[str]:
+def as_text(results: Sequence[LineResult], *, short: bool) -> list[str]:
     """The lines that are printed: each promise, its verdict, figures and duration; last the count."""
     found = []
     for result in results:
@@ -32,7 +32,9 @@ def as_text(results: Sequence[LineResult]) -> list[str]:
         for step in result.steps:
             found += _step_lines(step)
     good = sum(result.ok for result in results)
-    found.append(f"{good} ok, {len(results) - good} FAILED")
+    found.append(
+        f"{good} ok, {len(results) - good} FAILED" + (" (short form: fewer kills, seeds and trades than promised)" if short else "")
+    )
     return found
 
 

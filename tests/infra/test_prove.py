@@ -13,7 +13,7 @@ import pytest
 from infra.cli.output import Output
 from infra.cli.prove import ProofError, chosen, prove
 from infra.errors import SettingsError
-from infra.prove import lines, matrix
+from infra.prove import lines, matrix, soak
 from infra.prove.lines import LINES, Line, Step
 from infra.prove.matrix import CELLS, FAULTS, Cell, missing_tests, page
 from infra.prove.report import as_html, as_json, as_text
@@ -111,10 +111,10 @@ def _results(tmp_path: Path) -> list[Line]:
 def test_text_json_and_page_show_every_line(tmp_path: Path) -> None:
     """Verdict, figures and duration; the page escapes and needs nothing from elsewhere."""
     results = run(_results(tmp_path), short=True, on_step=lambda *_: None)
-    text = as_text(results)
+    text = as_text(results, short=True)
     assert text[0].startswith("ok     good")
     assert "size=1, took_s=1.235" in text[2]
-    assert text[-1] == "1 ok, 1 FAILED"
+    assert text[-1].startswith("1 ok, 1 FAILED (short form")
     found = as_json(results, short=True, machine="here")
     assert (found["ok"], [line["ok"] for line in found["lines"]]) == (False, [True, False])
     shown = as_html(results, short=True, machine="here")
@@ -150,3 +150,28 @@ def test_help_names_the_lines() -> None:
         [sys.executable, "-m", "infra.cli.main", "prove", "--help"], capture_output=True, text=True, timeout=60, check=True
     ).stdout
     assert all(line.name in shown for line in LINES)
+
+
+# The soak.
+
+
+def test_a_short_soak_stores_every_trade_in_order() -> None:
+    """Block by block, ids and times moved on; nothing waits, nothing is dead-lettered."""
+    figures = soak.soak(1_100_000, told=lambda _: None)
+    assert soak.problems(figures) == []
+    assert (figures["stored"], figures["lag"], figures["dead_letters"]) == (1_100_000, 0, 0)
+    assert "slope_mb_per_1e8" not in figures
+
+
+def test_what_a_soak_must_not_be_is_told() -> None:
+    """Lost or doubled trades, records that wait, memory that grows."""
+    good = {"trades": 10, "stored": 10, "ids_out_of_order": 0, "lag": 0, "slope_mb_per_1e8": 0.4}
+    assert soak.problems(good) == []
+    for name, value, says in (
+        ("stored", 9, "9 of 10"),
+        ("ids_out_of_order", 1, "out of order"),
+        ("lag", 2, "2 records"),
+        ("slope_mb_per_1e8", 1.5, "1.50 MB"),
+    ):
+        assert says in soak.problems({**good, name: value})[0]
+    assert soak.slope_mb([(number * 10**7, 10**9 + number * 10**5) for number in range(20)]) == pytest.approx(1.0)
