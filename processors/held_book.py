@@ -58,7 +58,7 @@ class HeldBook:
         largest = np.array([max(self._times[key]) if key in self._times else -1 for key in symbols], np.int64)
         codes, ids = columns["symbol_code"], columns["trade_id"]
         # a feed that goes on has larger ids: only what comes again is looked at closely
-        again = np.flatnonzero(ids <= largest[codes]) if len(symbols) else np.zeros(0, np.int64)
+        again = np.flatnonzero((ids >= 0) & (ids <= largest[codes])) if len(symbols) else np.zeros(0, np.int64)
         if not len(again):
             return None
         found = np.zeros(len(ids), np.bool_)

@@ -226,6 +226,7 @@ def test_the_book_counts_held_trades_by_bar_and_is_bounded() -> None:
     assert known.tolist() == [True, False, True, False, False]
     assert book.known(("c",), {name: column[4:] * 0 for name, column in rows.items()}) is None
     assert book.known((), {}) is None
+    assert book.known(("c",), {"symbol_code": np.zeros(1, np.int32), "trade_id": np.array([-5])}) is None  # an id that cannot be
     book.release("a", 2)
     book.release("b", 1)
     book.release("c", 1)
