@@ -203,7 +203,7 @@ class WatchdogSettings:
 class RepairSettings:
     """The process that makes bars of the past anew."""
 
-    page_rows: int = option(500_000, "trades it reads at once, about; 500,000 are 25 MB", low=1_000, high=10_000_000)
+    page_rows: int = option(200_000, "trades it reads at once, about; 200,000 are 10 MB", low=1_000, high=10_000_000)
     health_port: int = option(0, "port of /livez, /readyz, /metrics", port=True, same_as="ports.repair")
 
 

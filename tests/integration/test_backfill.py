@@ -54,9 +54,19 @@ def pointed(chain: Chain, made: SimulatedExchange) -> Settings:
     return load_settings({**chain.settings.as_environ(), "MARKETSTREAM_COLLECTOR_REST_URL": made.rest_url})
 
 
-def begin(settings: Settings, start_us: int, end_us: int, symbol: str) -> subprocess.Popen[str]:
+def begin(settings: Settings, start_us: int, end_us: int, symbol: str, *, as_json: bool = True) -> subprocess.Popen[str]:
     """``marketstream backfill`` as a person runs it."""
-    command = [sys.executable, "-m", "infra.cli.main", "backfill", "--exchange", "binance", "--symbol", symbol, "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "infra.cli.main",
+        "backfill",
+        "--exchange",
+        "binance",
+        "--symbol",
+        symbol,
+        *(["--json"] if as_json else []),
+    ]
     command += ["--start", format_time_us(start_us), "--end", format_time_us(end_us)]
     environ = settings.as_environ() | {"PATH": "/usr/bin:/bin"}
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -115,8 +125,12 @@ async def test_killed_in_the_middle_and_run_again_it_stores_each_trade_once_and_
         )
         ledger = chain.query("SELECT state, evidence, start_time_us, end_time_us, recovered FROM gaps WHERE symbol = 'BTC-USDT'")
         assert ledger.rows() == [(0, 7, start_us, end_us, wanted.height)]
-        third = await backfill(settings, exchange="binance", symbol="BTC-USDT", start_us=start_us, end_us=end_us)
-        assert (third.rows, third.resumed, third.bars_revised) == (wanted.height, False, 0)
+        with begin(settings, start_us, end_us, "BTC-USDT", as_json=False) as third:
+            out, err = await asyncio.to_thread(third.communicate)
+        assert third.returncode == 0, err
+        assert out.startswith(f"binance BTC-USDT: {wanted.height:,} trades ({wanted['trade_id'][0]} to {wanted['trade_id'][-1]}, ")
+        assert "; 0 of " in out
+        assert "gone on with" not in out
         await chain.until_stored()
         assert chain.query("SELECT count() AS n FROM trades WHERE symbol = 'BTC-USDT'")["n"].to_list() == [wanted.height]
 
