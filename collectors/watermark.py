@@ -90,9 +90,13 @@ class Watermark:
         return self._config.lateness_us
 
     def resume(self, promised_us: int) -> None:
-        """An earlier process promised this much: a hold from the start keeps it there. Without effect after the first row."""
+        """An earlier process promised this much in one partition: a hold from the start keeps it there. Without effect after the first row.
+
+        Of several the least counts: what was promised in one partition only would be news in the others, and close bars there that lack
+        what nobody has fetched yet.
+        """
         if promised_us > 0 and self._anchor is None:
-            self._value = max(self._value or 0, promised_us)
+            self._value = promised_us if self._value is None else min(self._value, promised_us)
 
     def read(self, mono_us: int) -> int | None:
         """The watermark, microseconds UTC; None before the first row.

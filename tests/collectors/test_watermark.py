@@ -131,3 +131,11 @@ def test_no_recorded_trade_is_older_than_the_watermark_before_it() -> None:
             mark.observe(time_us, received_us)
     assert rows == 19_904
     assert late == 0
+
+
+def test_resume_holds_at_the_least_of_what_partitions_were_promised() -> None:
+    """What one partition was promised is no news for the others: their bars would close before what was missed is fetched."""
+    watermark = Watermark()
+    for promised_us in (11_070_000, 9_600_000, 10_000_000, 0):
+        watermark.resume(promised_us)
+    assert watermark.value == 9_600_000
