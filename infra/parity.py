@@ -10,15 +10,15 @@ import asyncio
 import os
 import platform
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, Final
 
 from infra import offsets
 from infra.clickhouse.client import connect
 from infra.kafka import committed_offsets
-from infra.parity_compare import Comparison, Findings, merge
+from infra.parity_compare import Comparison
+from infra.parity_findings import Findings, merge
 from infra.parity_outputs import OutputFindings, Outputs
 from infra.parity_reader import Stretch
 from infra.parity_repairs import explain, load_jobs
@@ -34,7 +34,6 @@ from infra.worker import bar_codecs, bar_config
 from schemas.codec import decode_learning
 from schemas.seam import Clock
 from streams.bar_shard import BarShard
-from streams.records import OutRecord
 
 _TELL_RECORDS: Final = 500
 _WAIT_S: Final = 15.0
@@ -145,72 +144,96 @@ def _moves(settings: Settings) -> bool:
 
 def _check(settings: Settings, run: Run, reason: Callable[[RowKey], str | None], tell: Tell, clock: Clock) -> Report:
     started_us = clock.monotonic_us()
-    low, high = offsets.bounds(settings.kafka, TOPICS_OF_A_RUN)
-    ours = run.worker_settings()
-    config = bar_config(load_settings({}, overrides=ours))
-    findings: list[Findings] = []
-    stores: list[StoreFindings] = []
-    outputs = Outputs()
-    replayed: dict[int, tuple[int, int, int]] = {}
-    covered: dict[int, tuple[int, int]] = {}
-    lost = done = 0
-    total = sum(max(end - low["trades"][partition], 0) for partition, end in run.end["trades"].items())
-    stored = committed_offsets(settings.kafka, SINK_GROUP, ["bars"])["bars"]
-    with RegistryClient.from_settings(settings) as registry, ExitStack() as stack:
-        client = connect(settings.clickhouse)
-        stack.callback(client.close)
-        codecs = bar_codecs(registry)
-        for partition, stop in sorted(run.end["trades"].items()):
-            begin = max(low["bars"][partition], run.start["bars"][partition])
-            live = stack.enter_context(Stretch(settings, "bars", partition, begin, high["bars"][partition]))
-            first = max(low["trades"][partition], run.start["trades"][partition])
-            if low["bars"][partition] > run.start["bars"][partition]:
-                first = max(first, _first_input(settings, registry, partition, begin, high["bars"][partition]))
-            first = min(first, stop)
-            lost += first - min(run.start["trades"][partition], first)
-            store = StoreComparison(client, partition, stored[partition], run.end["bars"][partition])
-            comparison = Comparison(
-                BarShard(partition, config, codecs),
-                codecs,
-                iter(live),
-                first=first,
-                stop=stop,
-                whole=low["trades"][partition] == 0,
-                bars_stop=run.end["bars"][partition],
-                explain_repair=reason,
-                on_live=store.take,
-                on_made=partial(_made, outputs, partition),
-            )
-            replayed[partition] = (low["trades"][partition], first, stop)
-            taken = low["trades"][partition]
-            with Stretch(settings, "trades", partition, taken, stop) as trades:
-                for record in trades:
-                    taken = record.offset + 1
-                    done += 1
-                    if not comparison.take(record):
-                        break
-                    if done % _TELL_RECORDS == 0:
-                        tell(done, total, comparison.findings.trades + sum(part.trades for part in findings))
-            findings.append(comparison.finish(pending=max(stop - max(taken, first), 0)))
-            if low["trades"][partition] == 0:  # without the first trades the scores are other ones
-                covered[partition] = (first, stop - findings[-1].pending)
-            stores.append(store.flush())
-        compared = [] if outputs.full else check_outputs(settings, run, registry, outputs, covered)
+    with RegistryClient.from_settings(settings) as registry, closing(connect(settings.clickhouse)) as client:
+        work = _Replay(settings, run, registry, client, reason, tell)
+        for partition in sorted(run.end["trades"]):
+            work.partition(partition)
+        outputs = [] if work.outputs.full else check_outputs(settings, run, registry, work.outputs, work.covered)
     return Report(
         run=run,
-        findings=findings,
-        store=stores,
-        outputs=compared,
-        settings=ours,
-        replayed=replayed,
-        not_retained=lost,
+        findings=work.findings,
+        store=work.stores,
+        outputs=outputs,
+        settings=run.worker_settings(),
+        replayed=work.replayed,
+        not_retained=work.lost,
         seconds=(clock.monotonic_us() - started_us) / 1e6,
         finished_us=clock.now_us(),
     )
 
 
-def _made(outputs: Outputs, partition: int, input_offset: int, out: OutRecord) -> None:
-    outputs.take(input_offset, out, partition)
+class _Replay:
+    """Replays the partitions of a run, one after the other."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        run: Run,
+        registry: RegistryClient,
+        client: Any,
+        reason: Callable[[RowKey], str | None],
+        tell: Tell,
+    ) -> None:
+        self.findings: list[Findings] = []
+        self.stores: list[StoreFindings] = []
+        self.outputs = Outputs()
+        self.replayed: dict[int, tuple[int, int, int]] = {}
+        self.covered: dict[int, tuple[int, int]] = {}
+        """Partition -> trades whose outputs beside bars can be compared."""
+        self.lost = 0
+        self._settings, self._run, self._registry, self._client = settings, run, registry, client
+        self._reason, self._tell = reason, tell
+        self._low, self._high = offsets.bounds(settings.kafka, TOPICS_OF_A_RUN)
+        self._stored = committed_offsets(settings.kafka, SINK_GROUP, ["bars"])["bars"]
+        self._config = bar_config(load_settings({}, overrides=run.worker_settings()))
+        self._codecs = bar_codecs(registry)
+        self._done = self._trades = 0
+        self._total = sum(max(end - self._low["trades"][place], 0) for place, end in run.end["trades"].items())
+
+    def partition(self, partition: int) -> None:
+        """Replay and compare one partition."""
+        run, low, stop = self._run, self._low["trades"][partition], self._run.end["trades"][partition]
+        begin = max(self._low["bars"][partition], run.start["bars"][partition])
+        first = max(low, run.start["trades"][partition])
+        if begin > run.start["bars"][partition]:
+            first = max(first, _first_input(self._settings, self._registry, partition, begin, self._high["bars"][partition]))
+        first = min(first, stop)
+        self.lost += max(first - run.start["trades"][partition], 0)
+        self.replayed[partition] = (low, first, stop)
+        store = StoreComparison(self._client, partition, self._stored[partition], run.end["bars"][partition])
+        with Stretch(self._settings, "bars", partition, begin, self._high["bars"][partition]) as live:
+            comparison = Comparison(
+                BarShard(partition, self._config, self._codecs),
+                self._codecs,
+                iter(live),
+                first=first,
+                stop=stop,
+                whole=low == 0,
+                bars_stop=run.end["bars"][partition],
+                explain_repair=self._reason,
+                on_live=store.take,
+                on_made=lambda input_offset, out: self.outputs.take(input_offset, out, partition),
+            )
+            taken = self._feed(comparison, partition, low, stop)
+            found = comparison.finish(pending=max(stop - max(taken, first), 0))
+        self.findings.append(found)
+        self.stores.append(store.flush())
+        self._trades += found.trades
+        if low == 0:  # without the first trades the scores are other ones
+            self.covered[partition] = (first, stop - found.pending)
+
+    def _feed(self, comparison: Comparison, partition: int, low: int, stop: int) -> int:
+        """Replay the trades ``[low, stop)``, as far as the run came; offset after the last one taken."""
+        taken = low
+        with Stretch(self._settings, "trades", partition, low, stop) as trades:
+            for record in trades:
+                taken = record.offset + 1
+                self._done += 1
+                if not comparison.take(record):
+                    break
+                if self._done % _TELL_RECORDS == 0:
+                    self._tell(self._done, self._total, self._trades + comparison.findings.trades)
+        return taken
 
 
 def _first_input(settings: Settings, registry: RegistryClient, partition: int, begin: int, stop: int) -> int:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
+from infra.parity_findings import MOST_DIFFERENCES, STRIP_CELLS, Findings
 from infra.parity_rows import Difference, RowKey, compare_rows, head_difference, row_keys
 from schemas.codec import decode_learning
 from schemas.errors import DecodeError
@@ -24,9 +24,6 @@ NOT_RETAINED: Final = "not retained: the bar or its symbol began before the firs
 RHYTHM: Final = "not retained: when open bars are updated follows from trades the topic no longer holds"
 SENT_TWICE: Final = "sent twice: the same bytes for the same trades, after a lost acknowledgement"
 OTHER_SCHEMA: Final = "same rows, written with the schema of another release"
-MOST_DIFFERENCES: Final = 50
-"""Differing rows that are kept to be shown; all are counted."""
-STRIP_CELLS: Final = 240
 _REMEMBERED: Final = 8_192
 """Records whose hash is kept to recognise one that was sent twice: a producer has at most a few thousand under way."""
 
@@ -46,41 +43,6 @@ class LiveRecord(NamedTuple):
     timestamp_ms: int
     value: bytes
     frame: Frame
-
-
-@dataclass(kw_only=True, slots=True)
-class Findings:
-    """What the comparison of a partition came to. Rows are rows of bars frames: final bars, revisions and updates of open bars."""
-
-    partition: int
-    trades_records: int = 0
-    """Records of trades that were run through the shard."""
-    trades: int = 0
-    """Trades in them that were accepted."""
-    records: int = 0
-    """Records of bars the run published for its trades."""
-    identical_records: int = 0
-    """Of these, equal to the replay's byte for byte."""
-    rows: int = 0
-    """Rows compared: everything in the run's records or in the replay's."""
-    equal: int = 0
-    explained: Counter[str] = field(default_factory=Counter)
-    """Reason -> rows."""
-    unexplained: int = 0
-    """Rows and records that nothing explains."""
-    pending: int = 0
-    """Trades records that the run had not yet turned into bars."""
-    differences: list[Difference] = field(default_factory=list)
-    by_timeframe: dict[int, Counter[str]] = field(default_factory=dict)
-    """Timeframe in seconds -> ``equal | explained | unexplained`` -> rows."""
-    strip: list[list[int]] = field(default_factory=lambda: [[0, 0, 0] for _ in range(STRIP_CELLS)])
-    """(equal, explained, unexplained) rows along the run's trades."""
-    inputs_sha256: str = ""
-    """Of the values of all trades records replayed."""
-    run_sha256: str = ""
-    """Of the values of the run's bars records, without those of the repair and those sent twice."""
-    replay_sha256: str = ""
-    """Of the values of the records the replay made instead."""
 
 
 class Comparison:
@@ -326,18 +288,3 @@ class Comparison:
         began_us = self._began_us.get(key.instrument)
         width_us = key.timeframe_s * 1_000_000
         return began_us is None or key.open_time_us < -(-began_us // width_us) * width_us
-
-
-def merge(parts: list[Findings]) -> dict[str, Any]:
-    """The sums over all partitions."""
-    explained: Counter[str] = Counter()
-    by_timeframe: dict[int, Counter[str]] = {}
-    for part in parts:
-        explained.update(part.explained)
-        for seconds, counts in part.by_timeframe.items():
-            by_timeframe.setdefault(seconds, Counter()).update(counts)
-    names = ("trades_records", "trades", "records", "identical_records", "rows", "equal", "unexplained", "pending")
-    return {name: sum(getattr(part, name) for part in parts) for name in names} | {
-        "explained": dict(explained),
-        "by_timeframe": {seconds: dict(by_timeframe[seconds]) for seconds in sorted(by_timeframe)},
-    }

@@ -88,11 +88,11 @@ def certificate(report: Report) -> tuple[str, str]:
         (
             _header(value),
             _tiles(value),
+            _differences(report.differences),
             _strips(value),
             _timeframes(value),
             _explained(value),
             _outputs(value),
-            _differences(report.differences),
             _partitions(value),
             _how(value),
             f"<footer>SHA-256 of the data in this page: <code id='sum'>{checksum}</code><br>".replace("'", '"'),
@@ -270,7 +270,14 @@ def _differences(found: Sequence[Difference]) -> str:
                 columns,
             )
         )
-    head = (("partition", True), ("bars at", True), ("trades at", True), ("bar", False), ("what", False), ("column: first / second", False))
+    head = (
+        ("partition", True),
+        ("bars at", True),
+        ("trades at", True),
+        ("bar", False),
+        ("what", False),
+        ("column: in the run / otherwise", False),
+    )
     return "<h2>Unexplained</h2>" + _table(head, rows)
 
 

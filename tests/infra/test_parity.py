@@ -11,7 +11,8 @@ import pytest
 
 from infra.errors import InputFileError, IntegrityError
 from infra.parity import Report
-from infra.parity_compare import NOT_RETAINED, OTHER_SCHEMA, SENT_TWICE, Comparison, Findings, LiveRecord, Record
+from infra.parity_compare import NOT_RETAINED, OTHER_SCHEMA, SENT_TWICE, Comparison, LiveRecord, Record
+from infra.parity_findings import Findings
 from infra.parity_html import read_certificate, write
 from infra.parity_outputs import Origin, OutputFindings, Outputs
 from infra.parity_repairs import Job, explain
