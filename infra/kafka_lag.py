@@ -41,6 +41,7 @@ class KafkaLag:
         try:
             ends = self._ends(list(positions))
         except KafkaException as exc:
+            self._admin = None  # one that met a broker's return may ask with what it knew of it before, for ever
             return Waiting(blocked={"kafka": str(unreachable(self._settings, exc))})
         count = 0
         for place, end in ends.items():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from clickhouse_connect.driver.exceptions import ClickHouseError
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from prometheus_client import Counter, Gauge, Histogram
 
 from infra.clickhouse.client import answers, connect
@@ -39,6 +39,7 @@ _RETRY_MAX_S: Final = 5.0
 _STORE_TIMEOUT_S: Final = 30
 """An insert takes 0.1 to 2 s; one that hangs longer is tried again, which its token makes harmless."""
 _SLOW_STORE_S: Final = 2.0
+_COMMIT_AGAIN_S: Final = 1.0
 _FETCH: Final = {"fetch.min.bytes": 256 * 1024, "fetch.wait.max.ms": 100}
 """The sink stores batches, so it need not be told of each record at once: at 10,000 trades/s that was 800 fetches a second."""
 _APPROXIMATE_ROW_BYTES: Final = 45
@@ -77,7 +78,9 @@ class Sink:
         self._registry = RegistryClient.from_settings(settings)
         self._client = connect(settings.clickhouse, timeout_s=_STORE_TIMEOUT_S)
         self._store = ClickHouseStore(self._client)
-        self._consumer = Consumer(consumer_config(settings.kafka, SINK_GROUP, **_FETCH))
+        self._consumer = Consumer(consumer_config(settings.kafka, SINK_GROUP, on_commit=self._committed, **_FETCH))
+        self._uncommitted: dict[tuple[str, int], int] = {}
+        self._committing_since = 0.0
         self._letters = Producer(producer_config(settings.kafka))
         self._letter_codec = self._registry.row_codec("deadletter")
         self._sinks = {name: self._topic_sink(name) for name in TABLES}
@@ -117,6 +120,8 @@ class Sink:
         except _StoppedError:
             logger.warning("ClickHouse is away; what is not stored is read again at the next start.")
         self._letters.flush(1)
+        if self._uncommitted:
+            self._commit_again(asynchronous=False)
         self._consumer.close()
 
     def _run(self) -> None:
@@ -127,6 +132,8 @@ class Sink:
         prefix = self._settings.kafka.topic_prefix
         while not self._asked_to_end.is_set():
             now = SYSTEM.monotonic_s()
+            if self._uncommitted and now - self._committing_since > _COMMIT_AGAIN_S:
+                self._commit_again(asynchronous=True)
             for message in self._consumer.consume(200, _POLL_S):
                 if message.error():
                     self._trouble["kafka"] = str(unreachable(self._settings.kafka, KafkaException(message.error())))
@@ -202,16 +209,35 @@ class Sink:
         self._pending[name] = _Pending()
 
     def _commit(self, name: str, records: Iterable[Received]) -> None:
-        newest: dict[int, int] = {}
         for record in records:
-            newest[record.partition] = record.offset
-        full = TOPICS[name].full_name(self._settings.kafka.topic_prefix)
-        places = [TopicPartition(full, partition, offset + 1) for partition, offset in newest.items()]
+            self._uncommitted[(name, record.partition)] = record.offset + 1
+        self._commit_again(asynchronous=True)
+
+    def _commit_again(self, *, asynchronous: bool) -> None:
+        """Commit what is stored. In the loop without waiting: a broker that comes back can leave a commit unanswered for a minute.
+
+        What is stored and not committed is, after a crash, found in doubt and dropped.
+        """
+        prefix = self._settings.kafka.topic_prefix
+        places = [
+            TopicPartition(TOPICS[name].full_name(prefix), partition, offset) for (name, partition), offset in self._uncommitted.items()
+        ]
+        self._committing_since = SYSTEM.monotonic_s()
         try:
-            self._consumer.commit(offsets=places, asynchronous=False)
+            self._consumer.commit(offsets=places, asynchronous=asynchronous)
         except KafkaException as exc:
-            # Stored but not committed: after a crash these rows are found in doubt and dropped; the next commit covers them.
-            logger.warning("Offsets of %s not committed: %s", name, exc)
+            logger.warning("Offsets not committed: %s", exc)
+
+    def _committed(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
+        """Called while consuming, with the outcome of a commit; what failed is tried again after a second."""
+        if error is not None:
+            logger.warning("Offsets not committed: %s", error.str())
+            return
+        prefix = self._settings.kafka.topic_prefix
+        for place in places:
+            key = (place.topic.removeprefix(prefix), place.partition)
+            if place.error is None and self._uncommitted.get(key) == place.offset:
+                del self._uncommitted[key]
 
     def _until_done(self, call: Any) -> Any:
         """The result of ``call``, tried again while ClickHouse is away or refuses: a stored batch is never given up."""
