@@ -41,6 +41,7 @@ CHANNEL_TRADES: Final = 1
 NO_END: Final = -1
 """``end_time_us`` of what has no end yet: before its start, whatever that is."""
 UNKNOWN_ID: Final = -1
+SHORTEST_BAR_US: Final = 1_000_000
 MAX_FRAME_ROWS: Final = 8_192
 """Rows of one frame of the ledger: 700 kB."""
 
@@ -103,7 +104,6 @@ class Coverage:
         self._outage = np.empty(0, np.int64)  # code -> id of the stretch nobody knows of; -1: none
         self._outage_since = np.empty(0, np.int64)
         self._outage_evidence = np.empty(0, np.int64)
-        self._outage_mark = np.empty(0, np.int64)  # the watermark when it began; bars beyond it may have closed since
         self._watched = np.empty(0, np.bool_)
         self._unbegun = 0  # watched symbols without an interval
         self._ticked_us: int | None = None
@@ -113,7 +113,7 @@ class Coverage:
     def watch(self, code: int, *, since_us: int = -1, interval_id: int = -1) -> None:
         """Begin a symbol; with ``since_us`` an interval of an earlier process goes on."""
         size = code + 1
-        for name in ("_since", "_until", "_written", "_interval", "_outage", "_outage_since", "_outage_evidence", "_outage_mark"):
+        for name in ("_since", "_until", "_written", "_interval", "_outage", "_outage_since", "_outage_evidence"):
             setattr(self, name, grown(getattr(self, name), size, -1))
         self._watched = grown(self._watched, size, False)
         self._since[code] = self._until[code] = self._written[code] = since_us
@@ -159,7 +159,7 @@ class Coverage:
         """Codes of symbols that are lost now."""
         return np.flatnonzero(self._outage >= 0) if self.outages else np.empty(0, np.int64)
 
-    def lose(self, codes: Array, since_us: Array, evidence: int, gap_id: int, mark_us: int) -> Array:
+    def lose(self, codes: Array, since_us: Array, evidence: int, gap_id: int) -> Array:
         """These symbols are lost since then; rows for those that were not already.
 
         Args:
@@ -167,7 +167,6 @@ class Coverage:
             since_us: up to when each is known to be complete; where its interval begins later, from there.
             evidence: how it was noticed.
             gap_id: name of the stretch, the same for all (ids are unique per symbol).
-            mark_us: the watermark now.
         """
         new = self._outage[codes] < 0
         codes = codes[new]
@@ -175,7 +174,6 @@ class Coverage:
         self._outage[codes] = gap_id
         self._outage_since[codes] = since_us
         self._outage_evidence[codes] = evidence
-        self._outage_mark[codes] = mark_us
         self._until[codes] = np.maximum(self._until[codes], since_us)
         self.outages += len(codes)
         return block(codes, start_time_us=since_us, end_time_us=NO_END, evidence=evidence, state=GAP_OPEN, gap_id=gap_id)
@@ -196,13 +194,14 @@ class Coverage:
         self.outages -= 1
         return gap_id, int(self._outage_evidence[code])
 
-    def settle(self, codes: Array, end_us: Array, mark_us: int) -> Array:
+    def settle(self, codes: Array, end_us: Array, watermark_us: int) -> Array:
         """Nothing was missed of these lost symbols up to ``end_us``: rows that say so.
 
-        ``filled`` where bars may have closed as incomplete meanwhile (the watermark moved), so that they are made anew; else ``complete``.
+        ``filled`` where a bar that was marked incomplete may have closed meanwhile, so that it is made anew: the end of a second lies between the
+        stretch's start and the watermark. Else ``complete``.
         """
-        state = np.where(self._outage_mark[codes] < mark_us, GAP_FILLED, GAP_COMPLETE)
         start = self._outage_since[codes]
+        state = np.where(start // SHORTEST_BAR_US < watermark_us // SHORTEST_BAR_US, GAP_FILLED, GAP_COMPLETE)
         rows = block(
             codes,
             start_time_us=start,

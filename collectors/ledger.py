@@ -239,8 +239,7 @@ class Ledger:
         sequencer.given_up.clear()
 
     def _lose(self, codes: Array, since_us: Array, evidence: int, gap_id: int) -> None:
-        mark_us = self._watermark.value
-        rows = self.coverage.lose(codes, since_us, evidence, gap_id, -1 if mark_us is None else mark_us)
+        rows = self.coverage.lose(codes, since_us, evidence, gap_id)
         if len(rows):
             self._urgent.append(rows)
             for code, since in zip(rows[:, 0].tolist(), rows[:, 3].tolist(), strict=True):
@@ -251,12 +250,15 @@ class Ledger:
         if self.coverage.outages:
             lost = self.coverage.lost
             codes = lost[~self._sequencer.doubtful(lost)]
-            mark_us = self._watermark.value
-            self._end_outages(codes, self._sequencer.last_times_us(codes), -1 if mark_us is None else mark_us)
+            watermark_us = self._watermark.value
+            self._end_outages(codes, self._sequencer.last_times_us(codes), -1 if watermark_us is None else watermark_us)
 
-    def _end_outages(self, codes: Array, end_us: Array, mark_us: int) -> None:
+    def _end_outages(self, codes: Array, end_us: Array, watermark_us: int) -> None:
         if len(codes):
-            rows = self.coverage.settle(codes, end_us, mark_us)
+            rows = self.coverage.settle(codes, end_us, watermark_us)
+            again = rows[rows[:, 6] == GAP_FILLED, 0]
+            if len(again):  # bars are made anew: their interval vouches for them, which would be told within a minute only
+                self._closing.append(self.coverage.grow(again, watermark_us, self._next_gap_id()))
             self._closing.append(rows)
             for code, start, end, gap_id in rows[:, [0, 3, 4, 8]].tolist():
                 self._batcher.notice(GapNotice(code, gap_id, start, end, GAP_FILLED))

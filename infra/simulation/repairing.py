@@ -7,7 +7,7 @@ trades. Jobs, PostgreSQL and waiting for open bars are the process's own (``infr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from infra.repair_triggers import merge, of_gaps, of_letter, of_quarantine
 from infra.simulation.checks import held_back
 from infra.simulation.components import frame_codec, row_codec
 from processors.bars import TRADE_DTYPES
+from processors.coverage import LedgerRow, extent
+from processors.coverage import newest as valid_rows
 from processors.reconcile import STORED, Evidence, dense_runs, rebuild, reconcile
-from schemas.frames import Frame
+from schemas.frames import GAP_COMPLETE, GAP_FILLED, Frame
 from schemas.partitions import partition_of
 from schemas.timeframes import timeframe_seconds
 
@@ -49,6 +51,18 @@ def _wanted(world: World) -> Iterator[Wanted]:
         yield from of_letter(row_codec("deadletter").decode(value), f"deadletter/0/{offset}")
 
 
+def _covered(world: World, key: str) -> np.ndarray[Any, Any]:
+    """``[start, end)`` of what the ledger's valid rows call complete or filled."""
+    rows = []
+    for frame in world.frames.of("gaps", partition_of(key, world.broker.partitions)):
+        if frame is not None and key in frame.symbols:
+            mine = frame.columns["symbol_code"] == frame.symbols.index(key)
+            names = ("gap_id", "start_time_us", "end_time_us", "state")
+            rows += [LedgerRow(*row) for row in zip(*(frame.columns[name][mine].tolist() for name in names), strict=True)]
+    held = [extent(row) for row in valid_rows(rows) if row.state in (GAP_COMPLETE, GAP_FILLED)]
+    return np.array(held, np.int64).reshape(-1, 2)
+
+
 def _reconcile(world: World, key: str, ranges: list[tuple[int, int]]) -> int:
     broker, names = world.broker, world.scenario.tuning.timeframes
     trades = world.store.rows("trades", key)
@@ -60,7 +74,8 @@ def _reconcile(world: World, key: str, ranges: list[tuple[int, int]]) -> int:
     order = order[~np.isin(trades["trade_id"][order], held)]
     page = {name: trades[name][order] for name in TRADE_DTYPES if name != "symbol_code"}
     by_id = np.argsort(trades["trade_id"], kind="stable")
-    evidence = Evidence(dense=dense_runs(trades["trade_id"][by_id], trades["exchange_time_us"][by_id]), held_us=held_us)
+    dense = dense_runs(trades["trade_id"][by_id], trades["exchange_time_us"][by_id])
+    evidence = Evidence(dense=dense, covered=_covered(world, key), held_us=held_us)
     rebuilt = rebuild([page], names, world.end_us)
     bars = world.store.rows("bars", key)
     newest = np.lexsort((bars["revision"], bars["open_time_us"], bars["timeframe_s"]))

@@ -125,12 +125,12 @@ def test_ten_thousand_symbols_cost_arrays_not_rows() -> None:
     rows = made.tick(600_000_000, 5_000, 1)
     assert rows is not None
     assert (len(rows), set(rows[:, 4].tolist()), set(rows[:, 8].tolist())) == (10_000, {5_000}, {1})
-    lost = made.lose(codes, np.full(len(codes), 4_000), EVIDENCE_HEARTBEAT, 2, 5_000)
+    lost = made.lose(codes, np.full(len(codes), 4_000), EVIDENCE_HEARTBEAT, 2)
     assert (len(lost), made.outages) == (10_000, 10_000)
-    assert len(made.lose(codes, np.full(len(codes), 4_500), EVIDENCE_HEARTBEAT, 3, 5_000)) == 0
+    assert len(made.lose(codes, np.full(len(codes), 4_500), EVIDENCE_HEARTBEAT, 3)) == 0
     quiet = made.settle(codes[:10], np.full(10, 6_000), 5_000)
     assert set(quiet[:, 6].tolist()) == {GAP_COMPLETE}
-    late = made.settle(codes[10:], np.full(9_990, 6_000), 5_001)
+    late = made.settle(codes[10:], np.full(9_990, 6_000), 1_000_000)
     assert set(late[:, 6].tolist()) == {GAP_FILLED}
     assert made.outages == 0
 

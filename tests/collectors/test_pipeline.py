@@ -204,8 +204,9 @@ def test_what_settles_after_bars_may_have_closed_is_told_as_filled() -> None:
     made.pipeline.ledger.venue_is_at(made.codes["BTC"], 1, 0, made.now)
     made.round()
     made.round()
-    (row,) = [row for row in made.ledger() if row["symbol"] == "binance:BTC-USDT" and row["state"] != GAP_OPEN]
-    assert row["state"] == GAP_FILLED
+    interval, row = [row for row in made.ledger() if row["symbol"] == "binance:BTC-USDT" and row["state"] != GAP_OPEN]
+    assert (interval["state"], interval["evidence"], row["state"]) == (0, 0, GAP_FILLED)
+    assert interval["end_time_us"] >= row["end_time_us"]
     assert made.notices()[-1][1] == GAP_FILLED
 
 
