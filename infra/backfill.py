@@ -51,6 +51,10 @@ _PATIENCE_S: Final = 180.0
 """A venue that does not answer or asks to wait for longer than this ends the run; the next one goes on."""
 _TELL_EVERY_US: Final = 200_000
 _TRIES: Final = 3
+_REST_LAG_US: Final = 2_000_000
+"""REST lags the market: only what is older than this is all there."""
+_FIRST_IDS: Final = 1
+"""A market's first trade has id 0 or 1: nothing is missing before it."""
 _LAG_S: Final = 1.0
 _STORE_S: Final = 600.0
 _US: Final = 1_000_000
@@ -174,6 +178,7 @@ class _Run:
     async def run(self) -> BackfillSummary:
         """See :func:`backfill`."""
         self._raw = await self._raw_symbol()
+        await self._clock.sleep(max(self._end_us + _REST_LAG_US - self._clock.now_us(), 0) / _US)
         self._state, resumed = await self._states.take(*self._instrument, self._start_us, self._end_us)
         state = self._state
         self._begun_rows = state.rows
@@ -220,7 +225,7 @@ class _Run:
             state.first_id = state.next_id = first[0]
             # without a trade since the end the newest is the last: asked for by id when it comes to it
             state.last_id = last[0] - 1 if last is not None else 2**62
-        if first is not None and first[0] > 0:
+        if first is not None and first[0] > _FIRST_IDS and rest.venue.consecutive_ids:
             number = first[0] - 1
             before = await self._asked(lambda: rest.at_or_after(raw, number))
             if before is not None and before[0] > number:
@@ -242,8 +247,8 @@ class _Run:
                 break
             tries = 0
             inside = page["exchange_time_us"] < self._end_us
-            whole = bool(inside.all())
-            if not whole:  # ids beyond the end: a venue whose newest trade was before it a moment ago
+            whole = state.last_id < 2**62 or bool(inside.all())
+            if not whole:  # there was no trade since the end when it was asked for; by now there is
                 page = {name: column[inside] for name, column in page.items()}
             if len(page["trade_id"]):
                 self._note_holes(page)

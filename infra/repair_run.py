@@ -30,7 +30,8 @@ _OF_PEOPLE: Final = ("replay", "backfill", "request")
 _VOUCHER_US: Final = 150 * US_PER_SECOND
 """The ledger grows once a minute, a quiet symbol's next trade may take as long: younger bars that nobody vouches for yet wait."""
 _NEXT_TRADE_US: Final = 86_400 * US_PER_SECOND
-"""Flat bars carry the last price on until the next trade; a job waits this long for it."""
+"""Flat bars carry the last price on until the next trade: a job goes that far, and waits so long for it, but no farther than a day. A trade
+with a time of years ago would have it fill years with flat bars."""
 _DAY_US: Final = 86_400 * US_PER_SECOND
 _FAR_US: Final = 2**62
 
@@ -106,7 +107,7 @@ class SymbolRun:
                 continue
             after = reader.after(job.end_us)
             last_us = max(extent[1] + 1, clock.close_us)
-            end_us = max(job.end_us, after.time_us) if after is not None else last_us
+            end_us = max(job.end_us, min(after.time_us, job.end_us + _NEXT_TRADE_US)) if after is not None else last_us
             if after is None and moving and now - job.created_us < _NEXT_TRADE_US:
                 endless.add(job.id)
             ranges[job.id] = (max(job.start_us, extent[0]), min(end_us, last_us))

@@ -190,6 +190,16 @@ def test_a_bar_is_due_when_nobody_else_revises_it(reason: str, known_age_s: int,
     assert plan.limit_us == now_us - expected_s * SECOND - SETTLE_US
 
 
+def test_the_next_trade_is_followed_for_a_day_at_most() -> None:
+    """A trade that says it is of years ago does not have the years filled with flat bars."""
+    now_us = T0_US + 4_000 * DAY_US
+    reader = FakeReader(T0_US, now_us, Clock(now_us, now_us), Neighbour(9, now_us - SECOND))
+    run = SymbolRun(reader, TIMEFRAMES, now_us)  # type: ignore[arg-type]
+    plan = run.plan([job(T0_US, T0_US + 1)])
+    assert plan.ranges[1] == (T0_US, T0_US + 1 + DAY_US)
+    assert len(list(run.pieces(plan))) == 2
+
+
 def test_flat_bars_after_the_last_trade_are_waited_for_while_the_symbol_moves() -> None:
     """Until its next trade; for a day at most."""
     now_us = T0_US + 10_000 * SECOND

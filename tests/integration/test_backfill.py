@@ -238,3 +238,39 @@ def test_the_ledgers_of_a_backfill_add_up() -> None:
             assert was == now
 
     check()
+
+
+class Past(SystemClock):
+    """A clock a minute behind: what the exchange makes is old enough to be compared at once."""
+
+    def now_us(self) -> int:
+        """The time a minute ago."""
+        return super().now_us() - 60 * SECOND
+
+
+async def test_what_the_venue_lost_is_named_and_no_bar_of_it_is_complete(chain: Chain) -> None:
+    """Ids the venue skips, and the time before its history: unfillable in the ledger, the trades around them stored, in pages cut short."""
+    config = ServerConfig(exchange=ExchangeConfig(spot=MarketConfig(symbols=3, rate=300.0, seed=5), warmup_s=5.0), pace=False)
+    async with serve(config, Past()) as made:
+        raw = made.exchange.venues["spot"].wire.universe.symbols[2]
+        symbol = f"{raw.removesuffix('USDT')}-USDT"
+        made.inject({"fault": "lose", "symbol": raw, "count": 7})
+        made.inject({"fault": "short_pages", "count": 3, "seconds": 60})
+        made.advance(3_000)
+        trades = truth(made, raw)
+        start_us, end_us = int(trades["exchange_time_us"].min()) - 2 * SECOND, int(trades["exchange_time_us"].max()) + 1
+        summary = await backfill(pointed(chain, made), exchange="binance", symbol=symbol, start_us=start_us, end_us=end_us)
+    named = [number for one in summary.lacking if one["first_id"] >= 0 for number in range(one["first_id"], one["last_id"] + 1)]
+    assert len(named) == 7
+    assert (summary.lacking[0]["first_id"], summary.lacking[0]["start_us"]) == (-1, start_us)
+    await chain.until_stored()
+    stored = chain.query("SELECT trade_id FROM trades WHERE symbol = {s:String} ORDER BY trade_id", s=symbol)
+    assert stored["trade_id"].to_list() == [number for number in trades["trade_id"].to_list() if number not in named]
+    ledger = chain.query("SELECT state, start_time_us, end_time_us FROM gaps WHERE symbol = {s:String}", s=symbol)
+    assert sorted(ledger["state"].to_list()) == [0] + [3] * len(summary.lacking)
+    bars = chain.newest(symbol).filter(pl.col.timeframe_s == 1)
+    missing = ledger.filter(pl.col.state == 3)
+    for bar in bars.iter_rows(named=True):
+        touched = any(bar["close_time_us"] > low and bar["open_time_us"] <= high for _, low, high in missing.iter_rows())
+        assert bar["complete"] == int(not touched and bar["close_time_us"] <= end_us)  # nobody knows how the last one goes on
+    assert 0 < bars["complete"].sum() < bars.height
