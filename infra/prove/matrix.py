@@ -119,6 +119,7 @@ CELLS: Final[tuple[Cell, ...]] = (
     _cell("clickhouse", "kill", "kill -9 right after an insert was acknowledged", "The rows are there.", "tests/integration/test_stack_clickhouse.py::test_acknowledged_inserts_survive_kill_9"),
     _cell("clickhouse", "pause", "SIGSTOP for 4 s", "The sink waits; whole.", f"{_CELLS}[clickhouse-pause]"),
     _cell("clickhouse", "disk full", "no byte left for its tables", "Inserts fail, the sink says so and tries again; with room everything arrives; whole.", _DISKS + "test_a_full_disk_of_a_server_is_survived_once_there_is_room[clickhouse]"),
+    _cell("clickhouse", "disk full", "an insert while no byte is left", "It is refused, though the engine itself answers as if it were stored; tried again it is stored once.", _DISKS + "test_an_insert_on_a_full_disk_is_refused_and_stored_when_there_is_room"),
     _cell("clickhouse", "schema change", "tables of an earlier release", "They get the new columns; rows stored before have the fill.", "tests/integration/test_rolling_upgrade.py::test_rows_stored_before_the_upgrade_get_the_fill_of_new_columns"),
     # PostgreSQL, registry.
     _cell("postgres", "kill", "kill -9", "Started again; collecting does not stop.", f"{_CELLS}[postgres-kill]"),

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from infra.errors import DataDirBrokenError, DataDirOwnedError
 from infra.stack.arrow_stream import splice
@@ -32,6 +32,8 @@ _STREAMED = frozenset(
 )
 _CODE = re.compile(r"Code: (\d+)")
 _VOLATILE = frozenset({"insert_deduplication_token", "log_comment", "query_id"})
+_STORAGE_CODES: Final = frozenset({49, 74, 75, 76, 84, 203, 241, 243, 252, 425, 1000, 1001, 1002})
+"""What keeps rows from being stored: files that cannot be read, written, opened or made, memory, space, too many parts, the system."""
 SYNTAX_ERROR, INCORRECT_DATA, READONLY, TOO_MANY_QUERIES, NOT_ALLOWED = 62, 117, 164, 202, 497
 
 
@@ -150,9 +152,11 @@ class Engine:
         """
         connection, reusable = self._take(request)
         try:
+            before = _storage_errors(connection)
             handle = connection.send_insert(request.sql, request.format)
             _append_all(connection, handle, chunks)
             result = connection.insert_done(handle)
+            _check_stored(before, _storage_errors(connection))
             summary.written_rows, summary.written_bytes = result.rows_written(), result.bytes_written()
             summary.elapsed_s = result.elapsed()
         except RuntimeError as exc:
@@ -231,6 +235,26 @@ def as_engine_error(exc: BaseException) -> EngineError:
     text = str(exc)
     found = _CODE.search(text)
     return EngineError(int(found.group(1)) if found else 1002, text if found else f"Code: 1002. DB::Exception: {text} (UNKNOWN_EXCEPTION)")
+
+
+def _storage_errors(connection: Any) -> dict[int, tuple[int, str]]:
+    """How often each error of :data:`_STORAGE_CODES` happened in this engine, and what was said last."""
+    codes = ", ".join(map(str, sorted(_STORAGE_CODES)))
+    rows = bytes(connection.query(f"SELECT code, value, last_error_message FROM system.errors WHERE code IN ({codes})", "TSVRaw").bytes())
+    found = (line.split("\t", 2) for line in rows.decode("utf-8", "replace").splitlines() if line.count("\t") >= 2)
+    return {int(code): (int(value), text) for code, value, text in found}
+
+
+def _check_stored(before: Mapping[int, tuple[int, str]], after: Mapping[int, tuple[int, str]]) -> None:
+    """Raise what kept the rows of an insert from being stored.
+
+    chdb 26.9 answers an insert whose last step failed (no space left, too many parts) with the number of rows it was given and no error, and
+    nothing is stored. Another statement's failure at the same time is taken for ours: an insert that is tried again carries its token and is
+    stored once, one that is not tried again would be lost.
+    """
+    for code, (count, text) in after.items():
+        if count > before.get(code, (0, ""))[0]:
+            raise EngineError(code, f"Code: {code}. DB::Exception: {text}")
 
 
 def _append_all(connection: Any, handle: Any, chunks: Iterable[bytes]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.stack.clickhouse_engine import Engine, EngineError, Request, Summary
 from tests.integration.fault_chain import figure
 from tests.integration.fault_rig import rig, wait_for
 
@@ -70,3 +71,29 @@ def test_a_full_disk_of_a_server_is_survived_once_there_is_room(server: str) -> 
         took = running.whole(90)
         wait_for(lambda: running.chain.ask("sink", "/readyz")[0] == 200, 30, "the sink is not ready again")
         figure("matrix", cell=f"{server}-disk-full", fault_s=emptied - begun, whole_again_s=took)
+
+
+def test_an_insert_on_a_full_disk_is_refused_and_stored_when_there_is_room(tmp_path: Path) -> None:
+    """The engine itself answers such an insert as if it were stored; ours says that there is no space, and the same insert again is stored."""
+
+    def ask(sql: str) -> str:
+        return b"".join(engine.run(Request(sql=sql, format="CSV"), Summary())).decode().strip()
+
+    def insert(token: str) -> None:
+        settings = {"insert_deduplication_token": token}
+        engine.insert(Request(sql="INSERT INTO t", format="CSV", settings=settings), iter([b"1\n2\n3\n"]), Summary())
+
+    with small_disk(tmp_path / "disk") as disk:
+        engine = Engine(disk / "clickhouse", memory_bytes=1 << 30, threads=1)
+        try:
+            ask("CREATE TABLE t (a Int64) ENGINE = MergeTree ORDER BY a SETTINGS non_replicated_deduplication_window = 100")
+            insert("first")
+            ballast = fill(disk)
+            with pytest.raises(EngineError, match="not enough space"):
+                insert("second")
+            ballast.unlink()
+            insert("second")
+            insert("second")
+            assert ask("SELECT count() FROM t") == "6"
+        finally:
+            engine.close()
