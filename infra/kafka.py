@@ -39,8 +39,9 @@ def unreachable(settings: KafkaSettings, exc: Exception) -> UnreachableError:
     """One sentence for a broker that does not answer."""
     error = exc.args[0] if isinstance(exc, KafkaException) and exc.args else None
     detail = error.str() if isinstance(error, KafkaError) else str(exc)  # without librdkafka's codes
-    if "Timed out" in detail and "SSL" in _Complaints.last:  # a refused certificate shows only as time that runs out
-        detail = _Complaints.last
+    if "Timed out" in detail and settings.security_protocol.endswith("SSL"):
+        # what librdkafka has against the certificate it tells a callback that a blocking call does not serve
+        detail += ", or its certificate is refused: check MARKETSTREAM_KAFKA_SSL_CA_FILE"
     return UnreachableError(
         f"Kafka at {settings.bootstrap} does not answer ({detail}): start the stack or set MARKETSTREAM_KAFKA_BOOTSTRAP."
     )
@@ -49,15 +50,10 @@ def unreachable(settings: KafkaSettings, exc: Exception) -> UnreachableError:
 class _Complaints:
     """Tells of broker trouble once in ten seconds; librdkafka itself writes a line for each of twenty attempts a second."""
 
-    last = ""
-    """What a client of this process was told last."""
-
     def __init__(self) -> None:
         self._told: dict[str, float] = {}
 
     def __call__(self, error: KafkaError) -> None:
-        if error.code() != KafkaError._ALL_BROKERS_DOWN:  # says nothing that the complaint before it did not
-            _Complaints.last = error.str()
         now = SYSTEM.monotonic_s()
         if now - self._told.get(error.name(), -_COMPLAIN_EVERY_S) >= _COMPLAIN_EVERY_S:
             self._told[error.name()] = now
