@@ -183,21 +183,24 @@ class Misfortunes:
     def _again(self) -> None:
         """A recent record of trades once more, as a second collector would send it."""
         place = self._place()
-        records = self._world.broker.logs[place].records
-        if records:
-            self._world.broker.inject(place, records[-self._random.randint(1, min(10, len(records)))].value)
+        values = self._plain_records(place)[-10:]
+        if values:
+            self._world.broker.inject(place, self._random.choice(values))
 
     def _newest_again(self) -> None:
         """The newest record that holds trades once more, after it was stored."""
         place = self._place()
-        found = [
-            offset
-            for offset, frame in enumerate(self._world.frames.of(*place))
-            if frame is not None and frame.row_count and not frame.flags
+        values = self._plain_records(place)
+        if values:
+            self._world.later(self._random.uniform(0.0, 1.0), self._world.broker.inject, place, values[-1])
+
+    def _plain_records(self, place: tuple[str, int]) -> list[bytes]:
+        """Records with trades and without notices of gaps: those are their collector's own, and nobody else tells of them."""
+        records = self._world.broker.logs[place].records
+        frames = enumerate(self._world.frames.of(*place))
+        return [
+            records[offset].value for offset, frame in frames if frame is not None and frame.row_count and not (frame.flags or frame.gaps)
         ]
-        if found:
-            value = self._world.broker.logs[place].records[found[-1]].value
-            self._world.later(self._random.uniform(0.0, 1.0), self._world.broker.inject, place, value)
 
     def _poison(self) -> None:
         """A record of trades that nobody can read."""

@@ -133,6 +133,7 @@ class World:
         market = self.exchange
         market.set_rate(scenario.tuning.rate)
         await self.clock.sleep(_WARM_S)
+        await self._until(lambda: all(self.progress.read().newest_id(symbol) >= 0 for symbol in self.symbols()), 60.0)
         faults = asyncio.ensure_future(self.misfortunes.run())
         await self.clock.sleep(scenario.duration_s)
         await faults
