@@ -38,7 +38,10 @@ from streams.bar_shard import BarShard
 _TELL_RECORDS: Final = 500
 _WAIT_S: Final = 15.0
 """How long a run that still goes is waited for, until worker and sink are where its topics stood when we looked."""
+_STILL_S: Final = 2.0
+"""Worker and sink that have not moved for so long are not waited for: nothing runs, or nothing is left to do."""
 _POLL_S: Final = 0.2
+_US: Final = 1_000_000
 Tell = Callable[[int, int, int], None]
 """Called with (trades records done, to do, trades done)."""
 
@@ -116,30 +119,25 @@ async def check(settings: Settings, run: Run, *, tell: Tell = lambda *_: None, c
 
 
 async def _settled(settings: Settings, run: Run, clock: Clock) -> Run:
-    """The run once worker and sink have come to its end; where they do not within a moment, what is missing counts as pending."""
-    until_us = clock.monotonic_us() + int(_WAIT_S * 1e6)
-    while clock.monotonic_us() < until_us:
+    """The run once worker and sink have come to its end, or stand still; what is missing then counts as pending."""
+    began_us = moved_us = clock.monotonic_us()
+    before: Any = None
+    while clock.monotonic_us() < min(began_us + int(_WAIT_S * _US), moved_us + int(_STILL_S * _US)):
         done = await asyncio.to_thread(worker_offsets, settings)
         stored = (await asyncio.to_thread(committed_offsets, settings.kafka, SINK_GROUP, ["bars"]))["bars"]
-        behind = [p for p, end in run.end["trades"].items() if done[p][0] + 1 < end and run.start["trades"][p] < end]
-        unstored = [p for p, end in run.end["bars"].items() if max(stored[p], 0) < max(end, done[p][1] if run.state == "running" else 0)]
+        behind = any(done[place][0] + 1 < end and run.start["trades"][place] < end for place, end in run.end["trades"].items())
+        newest = {place: done[place][1] if run.state == "running" else 0 for place in stored}
+        unstored = any(max(stored[place], 0) < max(end, newest[place]) for place, end in run.end["bars"].items())
         if not behind and not unstored:
             break
-        if run.state != "running" and not _moves(settings):
-            break
+        if (done, stored) != before:
+            before, moved_us = (done, stored), clock.monotonic_us()
         await clock.sleep(_POLL_S)
     if run.state != "running":
         return run
     # the bars of its last trades came after we looked
     _, high = await asyncio.to_thread(offsets.bounds, settings.kafka, ["bars"])
     return replace(run, end={**run.end, "bars": high["bars"]})
-
-
-def _moves(settings: Settings) -> bool:
-    """Whether a worker may still be at work on what an ended run left: some stack runs on these topics."""
-    from infra.stack.supervisor import read_state
-
-    return read_state(settings.data_dir) is not None
 
 
 def _check(settings: Settings, run: Run, reason: Callable[[RowKey], str | None], tell: Tell, clock: Clock) -> Report:

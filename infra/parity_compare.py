@@ -24,6 +24,7 @@ NOT_RETAINED: Final = "not retained: the bar or its symbol began before the firs
 RHYTHM: Final = "not retained: when open bars are updated follows from trades the topic no longer holds"
 SENT_TWICE: Final = "sent twice: the same bytes for the same trades, after a lost acknowledgement"
 OTHER_SCHEMA: Final = "same rows, written with the schema of another release"
+_US: Final = 1_000_000
 _REMEMBERED: Final = 8_192
 """Records whose hash is kept to recognise one that was sent twice: a producer has at most a few thousand under way."""
 
@@ -87,6 +88,7 @@ class Comparison:
         self._next: LiveRecord | None = None
         self._ended = False
         self._began_us: dict[str, int] = {}
+        self._carried: dict[tuple[str, int], tuple[int, str]] = {}
         self._sent: OrderedDict[int, bytes] = OrderedDict()
         self._inputs, self._run, self._replay = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
 
@@ -156,14 +158,20 @@ class Comparison:
         self._ended = True
 
     def _repaired(self, live: LiveRecord) -> None:
-        for key in row_keys(live.frame):
-            reason = self._explain_repair(key)
+        for row, key in enumerate(row_keys(live.frame)):
+            reason = self._explain_repair(key) or self._carried_reason(key, int(live.frame.columns["trade_count"][row]))
             if reason is not None:
+                self._carried[key.instrument, key.timeframe_s] = (key.open_time_us + key.timeframe_s * _US, reason)
                 self._count(reason, key.timeframe_s)
                 continue
             self._count("", key.timeframe_s)
             what = "was published by the repair, and no repair or gap of the ledger explains it"
             self._keep(Difference(what=what, partition=self._partition, bars_offset=live.offset, input_offset=-1, key=key))
+
+    def _carried_reason(self, key: RowKey, trade_count: int) -> str | None:
+        """The reason of a bar without trades right behind a repaired one: it carries that one's price on, beyond the end of the job."""
+        end_us, reason = self._carried.get((key.instrument, key.timeframe_s), (-1, ""))
+        return reason if trade_count == 0 and end_us == key.open_time_us else None
 
     def _again(self, live: LiveRecord) -> None:
         known = self._sent.get(live.frame.input_offset)

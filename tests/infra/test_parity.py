@@ -166,6 +166,23 @@ def test_rows_of_the_repair_need_a_job_that_explains_them() -> None:
         assert "repair" in found.differences[0].what
 
 
+def test_bars_that_carry_a_repaired_price_on_are_explained_with_it() -> None:
+    """Bars without trades right behind the job's last bar; not one with trades, and not one after a hole."""
+    live = published()
+    frame = CODECS.bars.decode(live[record_with_rows(live)])
+    columns = {name: np.repeat(held[-1:], 4) for name, held in frame.columns.items()}
+    width_us = int(columns["timeframe_s"][0]) * 1_000_000
+    columns["open_time_us"] = columns["open_time_us"] + np.array([0, 1, 2, 4]) * width_us
+    columns["trade_count"] = np.array([3, 0, 0, 0], np.int64)
+    instrument = frame.symbols[int(columns["symbol_code"][0])]
+    job = Job(instrument, int(columns["open_time_us"][0]), int(columns["open_time_us"][0]) + 1, "gap filled")
+    for trades, explained in ((0, 3), (1, 1)):
+        columns["trade_count"][1] = trades
+        repaired = CODECS.bars.encode(Frame(source="repair", watermark_us=0, symbols=frame.symbols, columns=columns, input_offset=-1))
+        found = compare([*live[:-1], repaired, live[-1]], jobs=(job,))
+        assert (found.explained, found.unexplained) == ({"repair: gap filled": explained}, 4 - explained)
+
+
 def test_what_the_worker_has_not_done_yet_is_pending_not_wrong() -> None:
     """A run that was killed, or still goes, ends before its trades do."""
     found = compare(published()[:-7])

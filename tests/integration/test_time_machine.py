@@ -231,7 +231,7 @@ async def test_a_running_run_is_listed_with_its_stretch(machine: Machine) -> Non
 
 async def test_a_planted_difference_is_found_and_named(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bar altered in the topic under the same input offset, and a row altered in ClickHouse."""
-    monkeypatch.setattr(parity, "_WAIT_S", 0.5)  # the planted record makes the worker look as if it were behind
+    monkeypatch.setattr(parity, "_STILL_S", 0.5)  # the planted record makes the worker look as if it were behind
     frame = some_bars(machine)
     columns = {name: column.copy() for name, column in frame.columns.items()}
     columns["close"][0] += 0.01
@@ -268,7 +268,32 @@ async def test_the_next_run_begins_where_this_one_ends(machine: Machine) -> None
     assert (report.unexplained, found_in(report).rows) == (0, 0)
 
 
+async def test_runs_and_parity_from_the_command_line(machine: Machine, tmp_path: Path) -> None:
+    """The list, a certificate that checks out, and exit code 1 with the difference named."""
+    runs = json.loads(await command(machine, "runs", "--json"))["runs"]
+    assert [run["state"] for run in runs] == ["killed", "ended"]
+    file = tmp_path / "certificate.html"
+    text = await command(machine, "parity", "last", "--html", str(file))
+    assert "PARITY: 0 unexplained rows" in text
+    assert "trades/s" in text
+    assert "its data are as they were written" in await command(machine, "parity", str(file))
+    text = await command(machine, "parity", runs[0]["id"], code=1)  # with the row removed from ClickHouse above
+    assert "DIFFERENCE" in text
+    assert "not in ClickHouse" in text
+
+
 # Sessions
+
+
+async def test_a_session_is_made_listed_and_stopped_from_the_command_line(machine: Machine) -> None:
+    """`replay --as-of` prints the id and nothing else on stdout."""
+    name = (await command(machine, "replay", "--as-of", str(machine.began_us), "--speed", "60")).strip()
+    listed = {entry["session"]: entry for entry in json.loads(await command(machine, "sessions", "list", "--json"))["sessions"]}
+    assert (listed[name]["clock"], listed[name]["speed"], listed[name]["as_of_us"]) == ("known", 60, machine.began_us)
+    await command(machine, "sessions", "stop", name)
+    assert machine.get("symbols", session=name)["code"] == "session_ended"
+    await command(machine, "replay", "--as-of", "yesterday", code=2)
+    await command(machine, "replay", code=2)
 
 
 @pytest.mark.parametrize(("clock", "speed"), [("known", 2), ("market", 60)])
@@ -430,11 +455,11 @@ async def test_tail_and_export_show_what_a_session_sees(machine: Machine, clock:
         assert [int(row["open_time_us"]) for row in csv.DictReader(stream)] == [bar["open_time_us"] for bar in held]
 
 
-async def command(machine: Machine, *arguments: str) -> str:
-    """What `marketstream ARGUMENTS` prints."""
+async def command(machine: Machine, *arguments: str, code: int = 0) -> str:
+    """What `marketstream ARGUMENTS` prints, ending with that exit code."""
     environ = machine.settings.as_environ() | {"PATH": "/usr/bin:/bin"}
     pipe = asyncio.subprocess.PIPE
     child = await asyncio.create_subprocess_exec(sys.executable, "-m", "infra.cli.main", *arguments, env=environ, stdout=pipe, stderr=pipe)
     out, err = await asyncio.wait_for(child.communicate(), 60)
-    assert child.returncode == 0, err.decode()
+    assert child.returncode == code, err.decode()
     return out.decode()
