@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from infra.prove.matrix import CELLS_FILE, named_tests
+from infra.prove.matrix import FORM_FILES, named_tests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ class Line:
 
 
 def _matrix() -> tuple[str, ...]:
-    """Every test the matrix names; the file of cells as a whole, because its form decides which of them exist."""
-    return (*(test for test in named_tests() if not test.startswith(CELLS_FILE)), CELLS_FILE)
+    """Every test the matrix names; files whose form decides which of their tests exist as a whole."""
+    return (*(test for test in named_tests() if not test.startswith(FORM_FILES)), *FORM_FILES)
 
 
 def _integration(*names: str) -> tuple[str, ...]:
@@ -79,12 +79,12 @@ LINES: Final[tuple[Line, ...]] = (
         claim="50 kills each of collector, broker, worker, sink and api on the real stack: nothing lost, nothing doubled, output again within 3 s.",
         steps=(
             Step(
-                name="kill -9 under a replay", tests=_integration("test_chaos.py"), short={"PROVE_KILLS": "2"}, full={"PROVE_KILLS": "50"}
+                name="kill -9 under a replay", tests=_integration("test_chaos.py"), short={"PROVE_KILLS": "1"}, full={"PROVE_KILLS": "50"}
             ),
             Step(
                 name="kill -9 under live trades",
                 tests=_integration("test_fault_kills.py"),
-                short={"PROVE_KILLS": "2"},
+                short={"PROVE_KILLS": "1"},
                 full={"PROVE_KILLS": "50"},
             ),
         ),
@@ -117,7 +117,7 @@ LINES: Final[tuple[Line, ...]] = (
         claim="Every cell of the fault matrix (docs/faults.md) comes out as it says there, with no step done by hand.",
         steps=(
             Step(name="the matrix is up to date", tests=("tests/infra/test_prove.py",)),
-            Step(name="every test the matrix names", tests=_matrix(), full={"PROVE_CELLS": "all"}),
+            Step(name="every test the matrix names", tests=_matrix(), full={"PROVE_CELLS": "all", "PROVE_KILLS": "5"}),
             Step(
                 name="ten minutes without broker and ClickHouse",
                 tests=_integration("test_supervision.py"),

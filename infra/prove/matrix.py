@@ -43,6 +43,8 @@ class Cell:
 
 CELLS_FILE: Final = "tests/integration/test_fault_cells.py"
 _CELLS = CELLS_FILE + "::test_a_fault_of_one_part_is_survived_without_a_hand"
+FORM_FILES: Final = (CELLS_FILE, "tests/integration/test_fault_kills.py", "tests/integration/test_fault_disks.py")
+"""Files with fewer tests in the short form."""
 _EXCHANGE = "tests/integration/test_collector_exchange.py::"
 _REFUSALS = "tests/integration/test_collector_refusals.py::"
 _CERTIFICATES = "tests/integration/test_fault_certificates.py::"

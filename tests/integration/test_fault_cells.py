@@ -154,7 +154,7 @@ CELLS: dict[str, Callable[[Rig], None]] = {
     "exchange-clock-behind": _skew(-300_000),
     "exchange-clock-ahead": _skew(300_000),
 }
-SHORT = ("collector-pause", "sink-partition-clickhouse", "worker-poison", "clickhouse-kill")
+SHORT = ("collector-pause", "sink-partition-clickhouse", "clickhouse-kill")
 
 
 @pytest.mark.timeout(180)

@@ -1,7 +1,7 @@
 """kill -9 of processes that the supervisor runs, under live trades: nothing is lost or doubled, and the next output comes soon.
 
-``PROVE_KILLS`` kills of each (default 2; 50 for the full proof) at seeded moments; the supervisor starts them again, nobody else does
-anything. Recovery is measured from the kill to the next output of that process.
+``PROVE_KILLS`` kills of each, 50 for the full proof, at seeded moments; by default one each of collector and API, which no other test kills.
+The supervisor starts them again, nobody else does anything. Recovery is measured from the kill to the next output of that process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.integration.fault_rig import SYMBOLS, Rig, exchange
 
 pytestmark = pytest.mark.chaos
 
-KILLS = int(os.environ.get("PROVE_KILLS", "2"))
+KILLS = int(os.environ.get("PROVE_KILLS", "1"))
 SEED = int(os.environ.get("PROVE_SEED", "20241121"))
 RECOVERY_LIMIT_S = 3.0
 # A process that ends sooner than this after its start is started again with a pause that grows.
@@ -119,7 +119,7 @@ def _recovery_s(running: Rig, component: str) -> float:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("component", ["collector", "worker", "sink", "kafka", "api"])
+@pytest.mark.parametrize("component", ["collector", "worker", "sink", "kafka", "api"] if KILLS > 1 else ["collector", "api"])
 def test_a_killed_process_loses_and_doubles_nothing(running: Rig, component: str) -> None:
     """Every trade is stored once; output goes on within three seconds of a kill, as the median says."""
     rng = random.Random(f"{SEED}/{component}")
