@@ -4,7 +4,9 @@ Comes in: codes, trade ids and exchange times of a batch in the order of arrival
 of rows to keep, and the intervals of ids that are missing.
 
 What a jump of ids means is the venue's to say (:class:`IdPromise`). Ids that start anew (test networks are reset, venues restart) are no
-duplicates: the rows are kept, what was open in the old numbering is given up, and a gap of evidence ``restart`` says so.
+duplicates: the rows are kept, what was open in the old numbering is given up, and a gap of evidence ``restart`` says so. The ids of the new
+numbering are published with ``NUMBERING`` added, so that no trade of it is ever taken for one of the old: everything behind the collector
+knows trades by their ids alone.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ RESET_AFTER_US: Final = 60_000_000
 """A smaller id on a trade this much newer than the newest is no duplicate: the venue started its ids anew (test networks do)."""
 RESET_AFTER_BREAK_US: Final = 1_000_000
 """The same after the connection broke, or for an id below half of the newest: a subscription never repeats trades that old."""
+NUMBERING: Final = 1 << 48
+"""Added to a symbol's ids each time its venue starts them anew. Venues' own ids lie below (Binance: 5e9 in eight years); 31 numberings lie
+below 2**53, up to which JSON readers take numbers exactly."""
 MAX_OPEN_GAPS: Final = 1_024
 """Gaps a symbol may have open at once; more are folded into the oldest. 64 were reached by a feed that lost every second trade for 2 s."""
 MAX_PIECES: Final = 65_536
@@ -118,6 +123,7 @@ class Sequencer:
         self._last_id = np.empty(0, np.int64)  # code -> newest id; -1: none yet
         self._last_us = np.empty(0, np.int64)  # code -> its exchange time
         self._broken = np.empty(0, np.bool_)  # code -> nobody knows yet whether something was missed since
+        self._base = np.empty(0, np.int64)  # code -> what its numbering adds to the venue's ids
         self._gaps: dict[int, list[Gap]] = {}  # code -> open gaps, ascending by id
         self.duplicates = 0
         self.resets = 0
@@ -137,10 +143,20 @@ class Sequencer:
         self._last_id = grown(self._last_id, size, -1)
         self._last_us = grown(self._last_us, size, 0)
         self._broken = grown(self._broken, size, False)
+        self._base = grown(self._base, size, 0)
         if last_id >= 0 and last_id > self._last_id[code]:
+            self._base[code] = base_of(last_id)
             self._last_id[code] = last_id
             self._last_us[code] = last_time_us
             self._broken[code] = True
+
+    def numbered(self, codes: Array, ids: Array) -> Array:
+        """The venue's ids of rows as they are published: the numbering of each symbol added. The same array where all add nothing."""
+        return ids + self._base[codes] if self._base.any() else ids
+
+    def numbered_id(self, code: int, venue_id: int) -> int:
+        """One id of the venue as it is published, by the symbol's present numbering; what is no id (-1) stays."""
+        return venue_id + int(self._base[code]) if venue_id >= 0 else venue_id
 
     def forget(self, code: int) -> None:
         """The symbol is no longer collected: what comes next starts anew, without a gap. Gaps of its past stay open."""
@@ -212,7 +228,7 @@ class Sequencer:
 
         Args:
             codes: int32, shape (n,), symbol of each row.
-            ids: int64, shape (n,), trade ids.
+            ids: int64, shape (n,), trade ids, :meth:`numbered`. Rows of a numbering that begins in this batch are given theirs in place.
             times_us: int64, shape (n,), exchange times.
 
         Returns:
@@ -255,7 +271,11 @@ class Sequencer:
         """Row by row: something in the batch is missing, doubled or out of order."""
         keep = np.ones(len(codes), np.bool_)
         opened: list[Gap] = []
+        begun: dict[int, int] = {}  # code -> what a numbering that began in this batch adds to the rows after its first
         for row, (code, trade_id, time_us) in enumerate(zip(codes.tolist(), ids.tolist(), times_us.tolist(), strict=True)):
+            if code in begun:
+                trade_id += begun[code]
+                ids[row] = trade_id
             last = int(self._last_id[code])
             if last >= 0 and trade_id <= last:
                 if self._fill(code, trade_id, time_us):
@@ -264,6 +284,9 @@ class Sequencer:
                     keep[row] = False
                     self.duplicates += 1
                     continue
+                trade_id += NUMBERING
+                ids[row] = trade_id
+                begun[code] = begun.get(code, 0) + NUMBERING
                 opened.append(self._start_anew(code, trade_id, time_us))
             elif last >= 0 and trade_id > last + 1 and (self._consecutive or self._broken[code]):
                 opened.append(self._open(code, last + 1, trade_id - 1, time_us))
@@ -277,20 +300,22 @@ class Sequencer:
         newer_us = time_us - int(self._last_us[code])
         if newer_us > RESET_AFTER_US:
             return True
-        low = 2 * trade_id <= self._last_id[code]
+        base = self._base[code]
+        low = 2 * (trade_id - base) <= self._last_id[code] - base
         if self._broken[code]:
             return bool(low or newer_us > RESET_AFTER_BREAK_US)  # low: the clock may go back with the restart
         return bool(low and newer_us > RESET_AFTER_BREAK_US)
 
     def _start_anew(self, code: int, trade_id: int, time_us: int) -> Gap:
         self.resets += 1
+        first = self._base[code] = base_of(trade_id)
         for gap in list(self._gaps.get(code, ())):
             self.close(gap)
             self.given_up.append(gap)
         last_us = int(self._last_us[code])
         start_us, end_us = min(last_us, time_us), max(last_us, time_us)
-        missing = [Piece(0, trade_id - 1, start_us, end_us)] if trade_id else []
-        gap = Gap(code, 0, trade_id - 1, start_us, end_us, EVIDENCE_RESTART, missing, anew=True)
+        missing = [Piece(int(first), trade_id - 1, start_us, end_us)] if trade_id > first else []
+        gap = Gap(code, int(first), trade_id - 1, start_us, end_us, EVIDENCE_RESTART, missing, anew=True)
         self._gaps[code] = [gap]
         return gap
 
@@ -329,6 +354,11 @@ class Sequencer:
             return None
         index = bisect_right(gaps, trade_id, key=_first_id_of) - 1
         return gaps[index] if index >= 0 else None
+
+
+def base_of(trade_id: int) -> int:
+    """What the numbering of a published id adds to the venue's id."""
+    return trade_id // NUMBERING * NUMBERING
 
 
 def _first_of(piece: Piece) -> int:

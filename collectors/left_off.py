@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from collectors.coverage import UNKNOWN_ID, OpenGap, Resume
-from collectors.dedupe import RESET_AFTER_BREAK_US, RESET_AFTER_US
+from collectors.dedupe import RESET_AFTER_BREAK_US, RESET_AFTER_US, base_of
 from schemas.frames import GAP_COMPLETE, GAP_OPEN, HISTORY, Frame
 from schemas.partitions import partition_of
 
@@ -130,6 +130,9 @@ class LeftOff:
 
     def _run(self, symbol: _Symbol, run: _Run, *, past: bool) -> None:
         newer_us = run.last_us - symbol.time_us
+        if symbol.trade_id >= 0 and base_of(run.first) > base_of(symbol.trade_id):
+            symbol.holes.clear()  # a numbering of its own: between the two there is no hole
+            symbol.trade_id = -1
         anew = newer_us > RESET_AFTER_US or (newer_us > RESET_AFTER_BREAK_US and 2 * run.last <= symbol.trade_id)
         if run.last < symbol.trade_id and anew and not past:
             symbol.holes.clear()  # the venue's ids started anew

@@ -227,7 +227,9 @@ class Pipeline:
         if len(codes) == 0:
             return
         duplicates = self.sequencer.duplicates
-        keep, opened = self.sequencer.process(codes, columns["trade_id"], columns["exchange_time_us"])
+        ids = self.sequencer.numbered(codes, columns["trade_id"])
+        columns = {**columns, "trade_id": ids}
+        keep, opened = self.sequencer.process(codes, ids, columns["exchange_time_us"])
         self.stats.duplicates += self.sequencer.duplicates - duplicates
         if keep is not None and not keep.all():
             columns = {name: column[keep] for name, column in columns.items()}

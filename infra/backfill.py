@@ -19,14 +19,16 @@ from typing import Any, Final, TypeVar
 
 import httpx
 import numpy as np
+from clickhouse_connect.driver.exceptions import ClickHouseError
 
 from collectors.binance.feed import VENUES, venue_of
 from collectors.binance.rest import BinanceRest
 from collectors.breaker import Breaker
+from collectors.dedupe import base_of
 from collectors.errors import BannedError, BreakerOpenError, RateLimitedError, RefusedError, UnavailableError, VenueError
 from infra.backfill_ledger import Lacking, ledger_columns, ledger_rows
 from infra.backfill_state import BackfillState, BackfillStates
-from infra.clickhouse.client import connect
+from infra.clickhouse.client import connect, unreachable
 from infra.errors import SettingsError, UnreachableError
 from infra.kafka import FrameProducer
 from infra.progress import wait_stored
@@ -173,11 +175,13 @@ class _Run:
         self._told_us = 0
         self._fetch_begun_us = 0
         self._raw = ""
+        self._numbering = 0
         self._state = BackfillState(id=0, state="fetching")
 
     async def run(self) -> BackfillSummary:
         """See :func:`backfill`."""
         self._raw = await self._raw_symbol()
+        self._numbering = await asyncio.to_thread(self._present_numbering)
         await self._clock.sleep(max(self._end_us + _REST_LAG_US - self._clock.now_us(), 0) / _US)
         self._state, resumed = await self._states.take(*self._instrument, self._start_us, self._end_us)
         state = self._state
@@ -201,6 +205,16 @@ class _Run:
         state.state = "done"
         await self._states.save(state)
         return self._summary(job, resumed)
+
+    def _present_numbering(self) -> int:
+        """What the collector adds to the venue's ids of this symbol: the venue may have started them anew."""
+        client = connect(self._settings.clickhouse)
+        try:
+            return base_of(max(SymbolReader(client, *self._instrument).largest_id(), 0))
+        except (ClickHouseError, OSError) as exc:
+            raise unreachable(self._settings.clickhouse, exc) from exc
+        finally:
+            client.close()
 
     # -- the venue
 
@@ -292,6 +306,7 @@ class _Run:
         columns = {
             "symbol_code": np.zeros(count, np.int32),
             **page,
+            "trade_id": page["trade_id"] + self._numbering,
             "receive_time_us": np.full(count, self._clock.now_us(), np.int64),
         }
         source = f"{self._instrument.exchange}/backfill/{self._instrument.symbol}"

@@ -47,6 +47,11 @@ class SymbolReader:
         first, last, count = rows[0]
         return (int(first), int(last)) if count else None
 
+    def largest_id(self) -> int:
+        """The largest trade id, -1 without trades. Answered from the same projection."""
+        largest, count = self._rows("SELECT max(trade_id), count() FROM trades WHERE {of}")[0]
+        return int(largest) if count else -1
+
     def before(self, time_us: int) -> Neighbour | None:
         """The last trade before a time that is not held back."""
         where = f"exchange_time_us < {{t:Int64}} AND exchange_time_us >= {{far:Int64}} AND trade_id NOT IN ({_HELD_BACK})"

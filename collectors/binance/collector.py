@@ -21,7 +21,7 @@ from collectors.binance.mapper import BinanceMapper
 from collectors.binance.rest import BinanceRest, VenueSymbol
 from collectors.breaker import Breaker, BreakerConfig
 from collectors.coverage import Coverage, CoverageConfig, Resume
-from collectors.dedupe import Sequencer
+from collectors.dedupe import Sequencer, base_of
 from collectors.errors import BreakerOpenError, VenueError
 from collectors.filler import FillerConfig, GapFiller
 from collectors.pipeline import Pipeline
@@ -245,7 +245,9 @@ class BinanceCollector:
 
     async def _page(self, key: str, from_id: int, *, background: bool) -> tuple[dict[str, Array], bool]:
         """See FetchPage. Raises KeyError for a market that is not listed."""
-        return await self.rest.page(self._listed[key.partition(":")[2]].raw, from_id, background=background)
+        base = base_of(from_id)
+        page, exhausted = await self.rest.page(self._listed[key.partition(":")[2]].raw, from_id - base, background=background)
+        return {**page, "trade_id": page["trade_id"] + base}, exhausted
 
     async def _recover(self, shard: Shard) -> None:
         """After a reconnect: one request tells which symbols traded meanwhile; each of them gets a gap at once.
@@ -266,7 +268,7 @@ class BinanceCollector:
         before = pipeline.stats.gaps_opened
         for code, symbol in known.items():
             last_id, time_us = newest.get(self._listed[symbol].raw, (-1, 0))
-            pipeline.ledger.venue_is_at(code, last_id, time_us, now)
+            pipeline.ledger.venue_is_at(code, pipeline.sequencer.numbered_id(code, last_id), time_us, now)
         logger.info("%s: %d of %d symbols traded meanwhile; fetching.", shard.name, pipeline.stats.gaps_opened - before, len(known))
 
     def _known(self, shard: Shard) -> dict[int, str]:
@@ -294,7 +296,7 @@ class BinanceCollector:
             if last < 0 or not shard.is_live or not sequencer.doubtful(np.array([code]))[0]:
                 continue
             try:
-                page, exhausted = await self.rest.page(self._listed[known[code]].raw, last, background=True)
+                page, exhausted = await self._page(f"{self.venue.exchange}:{known[code]}", last, background=True)
             except (VenueError, BreakerOpenError) as exc:
                 shard.pipeline.stats.error("recovery_failed")
                 logger.debug("%s: cannot ask whether %s missed anything: %s", shard.name, known[code], exc)

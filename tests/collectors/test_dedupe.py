@@ -6,16 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collectors import dedupe
-from collectors.dedupe import EVIDENCE_ID_JUMP, EVIDENCE_RESTART, MAX_OPEN_GAPS, Gap, Piece, Sequencer
+from collectors.dedupe import EVIDENCE_ID_JUMP, EVIDENCE_RESTART, MAX_OPEN_GAPS, NUMBERING, Gap, Piece, Sequencer
 
 T = 1_700_000_000_000_000
+N = NUMBERING
 
 
 def process(sequencer: Sequencer, ids: list[int], code: int = 0, times: list[int] | None = None) -> tuple[list[int], list[Gap]]:
-    """Ids kept, gaps opened."""
+    """Ids kept, as they are published; gaps opened."""
     when = times if times is not None else [T + trade_id for trade_id in ids]
-    mask, gaps = sequencer.process(np.full(len(ids), code, np.int32), np.array(ids, np.int64), np.array(when, np.int64))
-    return ids if mask is None else [trade_id for trade_id, keep in zip(ids, mask.tolist(), strict=True) if keep], gaps
+    codes = np.full(len(ids), code, np.int32)
+    numbered = sequencer.numbered(codes, np.array(ids, np.int64))
+    mask, gaps = sequencer.process(codes, numbered, np.array(when, np.int64))
+    return (numbered if mask is None else numbered[mask]).tolist(), gaps
 
 
 def sequencer(*, consecutive: bool = True, codes: int = 5) -> Sequencer:
@@ -109,9 +112,25 @@ def test_ids_that_start_anew_are_believed_when_time_says_so() -> None:
     assert process(made, [5], times=[T + 2_000_000]) == ([], [])
     assert process(made, [4], times=[T + 1_000_000]) == ([], [])
     kept, (gap,) = process(made, [6], times=[T + 61_000_000])
-    assert (kept, gap.missing, gap.anew) == ([6], [(0, 5, T, T + 61_000_000)], True)
-    assert process(made, [7], times=[T + 61_000_001]) == ([7], [])
+    assert (kept, gap.missing, gap.anew) == ([N + 6], [(N, N + 5, T, T + 61_000_000)], True)
+    assert process(made, [7], times=[T + 61_000_001]) == ([N + 7], [])
     assert made.resets == 1
+
+
+def test_no_trade_of_a_new_numbering_shares_an_id_with_one_of_the_old() -> None:
+    """The venue starts anew twice, in the middle of a batch; everything that is published has an id of its own, and a restart goes on there."""
+    made = sequencer()
+    published = process(made, [1, 2, 3])[0]
+    published += process(made, [4, 1, 2], times=[T + 4, T + 62_000_000, T + 62_000_001])[0]
+    published += process(made, [3], times=[T + 62_000_002])[0]
+    published += process(made, [1, 2], times=[T + 124_000_000, T + 124_000_001])[0]
+    assert published == [1, 2, 3, 4, N + 1, N + 2, N + 3, 2 * N + 1, 2 * N + 2]
+    later = Sequencer(consecutive=True)
+    later.add(0, published[-1], T + 124_000_001)
+    kept, (gap,) = process(later, [5], times=[T + 125_000_000])
+    assert (kept, gap.first_id, gap.last_id) == ([2 * N + 5], 2 * N + 3, 2 * N + 4)
+    assert later.numbered_id(0, 7) == 2 * N + 7
+    assert later.numbered_id(0, -1) == -1
 
 
 def test_a_removed_symbol_starts_anew() -> None:
@@ -169,11 +188,11 @@ def test_after_a_restart_of_the_venue_nothing_is_dropped_and_what_was_open_is_gi
     process(made, [5_003])
     made.connection_broke()
     kept, (gap,) = process(made, [3, 4], times=[T - 300_000_000, T - 299_000_000])
-    assert kept == [3, 4]
-    assert (gap.anew, gap.evidence, gap.missing) == (True, EVIDENCE_RESTART, [(0, 2, T - 300_000_000, T + 5_003)])
+    assert kept == [N + 3, N + 4]
+    assert (gap.anew, gap.evidence, gap.missing) == (True, EVIDENCE_RESTART, [(N, N + 2, T - 300_000_000, T + 5_003)])
     assert [old.first_id for old in made.given_up] == [5_001]
-    assert process(made, [2]) == ([2], [])
-    assert process(made, [5], times=[T - 298_000_000]) == ([5], [])
+    assert process(made, [2]) == ([N + 2], [])
+    assert process(made, [5], times=[T - 298_000_000]) == ([N + 5], [])
 
 
 def test_what_the_venue_confirms_is_in_doubt_no_longer() -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collectors.coverage import OpenGap
+from collectors.dedupe import NUMBERING
 from collectors.left_off import LeftOff, without
 from collectors.wire import TRADE_DTYPES
 from schemas.codec import FrameCodec
@@ -99,6 +100,15 @@ def test_ids_that_started_anew_are_the_newest() -> None:
     made.trades(0, trades([(BTC, 1), (BTC, 2)], at=T + 3_000_000))
     resume = made.resumes()[BTC]
     assert (resume.trade_id, resume.gaps) == (2, ())
+
+
+def test_between_two_numberings_there_is_no_hole() -> None:
+    """Ids of a new numbering lie far above those of the old: nothing between them was ever traded."""
+    made = LeftOff("binance", 1)
+    made.trades(0, trades([(BTC, 5_000)]))
+    made.trades(0, trades([(BTC, NUMBERING + 1), (BTC, NUMBERING + 2)], at=T + 3_000_000))
+    resume = made.resumes()[BTC]
+    assert (resume.trade_id, resume.gaps) == (NUMBERING + 2, ())
 
 
 def test_symbols_that_no_frame_tells_of_come_from_the_store() -> None:

@@ -12,7 +12,7 @@ from collectors import pipeline as pipeline_module
 from collectors.batcher import Batcher, BatcherConfig
 from collectors.binance.mapper import BinanceMapper
 from collectors.coverage import OpenGap, Resume
-from collectors.dedupe import EVIDENCE_ID_JUMP, EVIDENCE_RESTART, EVIDENCE_SILENCE, Gap, Sequencer
+from collectors.dedupe import EVIDENCE_ID_JUMP, EVIDENCE_RESTART, EVIDENCE_SILENCE, NUMBERING, Gap, Sequencer
 from collectors.pipeline import Pipeline, PipelineConfig
 from collectors.stale import StaleDetector
 from collectors.stats import FeedStats
@@ -240,10 +240,11 @@ def test_ids_that_start_anew_are_kept_and_told_as_a_restart() -> None:
     made.pipeline.connection_lost(EVIDENCE_RESTART, made.now)
     made.round(trade(3, ms=T_MS + 4_000), trade(4, ms=T_MS + 4_001))
     (gap,) = made.gaps
-    assert made.pipeline.backfill(gap, fetched(range(1, 3)), 5, made.now) == 2
+    page = fetched(range(1, 3))
+    assert made.pipeline.backfill(gap, {**page, "trade_id": page["trade_id"] + NUMBERING}, 5, made.now) == 2
     made.pipeline.ledger.done(gap, complete=True)
     made.round()
-    assert sorted(rows_of(made.frames)["binance:BTC-USDT"]) == [1, 2, 3, 4, 5_000]
+    assert sorted(rows_of(made.frames)["binance:BTC-USDT"]) == [5_000, *(NUMBERING + number for number in (1, 2, 3, 4))]
     last = made.ledger()[-1]
     assert (last["state"], last["evidence"], last["first_missing_id"], last["recovered"]) == (GAP_UNFILLABLE, EVIDENCE_RESTART, -1, 2)
     assert made.pipeline.stats.duplicates == 0
