@@ -178,6 +178,7 @@ def run(settings: Settings, index: int) -> int:
         instance_id=f"{settings.kafka.topic_prefix}bars-{index}",
         session_timeout_s=settings.worker.session_timeout_s,
         snapshot_interval_s=settings.worker.snapshot_interval_s,
+        folder=str(settings.data_dir / "faust"),
     )
     app = create_app(config, runner)
     progress = {"assigned": 0.0, "beat": SYSTEM.monotonic_s()}

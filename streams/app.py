@@ -35,6 +35,8 @@ class AppConfig:
     session_timeout_s: float
     """Faust's default is 60 s; a worker killed -9 would leave its partitions alone that long."""
     snapshot_interval_s: float
+    folder: str
+    """Where Faust makes a folder it then leaves empty; by default it would be the current one."""
     credentials: Any = None
     """Faust broker credentials, None for plaintext."""
 
@@ -54,6 +56,7 @@ def create_app(config: AppConfig, runner: BarRunner) -> faust.App:
         f"{config.topic_prefix}marketstream-bars",
         broker=[f"kafka://{address}" for address in config.bootstrap.split(",")],
         broker_credentials=config.credentials,
+        datadir=config.folder,
         store="memory://",
         autodiscover=False,
         web_enabled=False,

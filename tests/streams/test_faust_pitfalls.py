@@ -18,7 +18,9 @@ SOURCES = [path.read_text("utf-8") for path in (ROOT / "streams").glob("*.py")]
 @pytest.fixture(scope="module")
 def app() -> Any:
     """The application as the worker makes it; it is never started."""
-    config = AppConfig(bootstrap="127.0.0.1:9", topic_prefix="p.", instance_id="bars-0", session_timeout_s=10, snapshot_interval_s=1)
+    config = AppConfig(
+        bootstrap="127.0.0.1:9", topic_prefix="p.", instance_id="bars-0", session_timeout_s=10, snapshot_interval_s=1, folder="x"
+    )
     return create_app(config, None)  # type: ignore[arg-type]
 
 
