@@ -116,9 +116,10 @@ def properties(settings: KafkaSettings, *, port: int, controller_port: int, logs
         "num.recovery.threads.per.data.dir": 2,
         "metadata.log.max.snapshot.interval.ms": 3_600_000,
         # A broker killed and started again may only register when its former session has run out (9 s by default), which is most of
-        # the time a restart takes.
-        "broker.session.timeout.ms": 2000,
-        "broker.heartbeat.interval.ms": 500,
+        # the time a restart takes: 4.7 s until records are taken again at 2 s, 3.4 s at 1 s. A broker that pauses longer is fenced until
+        # its next heartbeat, which clients wait out.
+        "broker.session.timeout.ms": 1000,
+        "broker.heartbeat.interval.ms": 250,
     }
     return "".join(f"{key}={value}\n" for key, value in values.items())
 
