@@ -215,7 +215,7 @@ def test_gates_run_cheap_ones_first_and_stop_at_the_first_failure(
     assert ran == ["ruff check", "ruff format"]
     said = capsys.readouterr().out
     assert "ruff format        FAILED" in said
-    assert "3 more not run: fix ruff format first" in said
+    assert "4 more not run: fix ruff format first" in said
 
 
 def test_summary_closes_with_the_counts(tmp_path: Path) -> None:
