@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from infra.simulation.world import World
 
-MISHAP_EVERY_S: Final = 4.0
+MISHAP_EVERY_S: Final = 2.5
 """Of trading time, on average."""
 _VENUE: Final[tuple[dict[str, object], ...]] = (
     {"fault": "late", "seconds": 2.0},
@@ -63,6 +63,7 @@ class Misfortunes:
             "newest again": self._newest_again,
             "poison": self._poison,
             "power cut": self._power_cut,
+            "machine down": self._machine_down,
         }
         """Everything that is not a kill, by name."""
 
@@ -86,6 +87,8 @@ class Misfortunes:
             if what in self.mishaps:
                 world.trace.note("mishap", what)
                 self.mishaps[what]()
+                if scenario.kills and random.random() < 0.4:  # misfortunes come in pairs
+                    world.later(random.uniform(0.0, 1.5), self._strike_too, random.choice(scenario.targets))
             else:
                 self.strike(what)
 
@@ -101,6 +104,10 @@ class Misfortunes:
             world.later(2.0, self._ambush, lambda: world.kill(process))
         else:
             self._ambush(lambda: world.kill(world.processes[target]))
+
+    def _strike_too(self, target: str) -> None:
+        if not self._world.over:
+            self.strike(target)
 
     def strike_after(self) -> None:
         """Misfortunes come in pairs: another component right after the broker came back."""
@@ -179,6 +186,8 @@ class Misfortunes:
         broker = self._world.broker
         broker.sync_us = 400_000
         self._world.later(4.0, lambda: setattr(broker, "sync_us", broker.fast_sync_us))
+        if self._random.random() < 0.8:
+            self._world.later(self._random.uniform(0.5, 3.5), self._machine_down)
 
     def _again(self) -> None:
         """A recent record of trades once more, as a second collector would send it."""
@@ -229,3 +238,14 @@ class Misfortunes:
     def _power_cut(self) -> None:
         self._world.kill(self._world.processes["collector"])
         self._world.outside.disk.power_cut()
+
+    def _machine_down(self) -> None:
+        """Everything on one machine, at the same moment."""
+        world = self._world
+        if world.over or not world.scenario.kills:
+            return
+        world.trace.note("machine down")
+        for name in ("worker", "sink", "api"):
+            world.kill(world.processes[name])
+        self._power_cut()
+        world.crash_broker()

@@ -35,7 +35,7 @@ class Scenario:
             partitions=random.choice((1, 2)),
             rate=random.choice((3.0, 6.0, 12.0)),
             linger_ms=random.choice((100.0, 250.0, 500.0)),
-            snapshot_interval_s=random.choice((0.5, 2.0, 5.0)),
+            snapshot_interval_s=random.choice((0.3, 0.6, 5.0)),
             sink_linger_s=random.choice((0.3, 1.0, 2.0)),
             page_rows=random.choice((5, 20, 1_000)),
         )

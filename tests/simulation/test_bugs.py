@@ -15,16 +15,16 @@ from infra.simulation.world import Scenario, simulate
 
 SEEDS = int(os.environ.get("MARKETSTREAM_SIMULATION_SEEDS", "0"))
 KNOWN: dict[str, tuple[int, ...]] = {
-    "acknowledged-before-synced": (19,),
-    "snapshot-before-acknowledged": (51,),
-    "late-trade-dropped": (7,),
-    "sum-order": (7,),
-    "revision-not-raised": (7,),
-    "poison-stops-partition": (5,),
-    "commit-before-insert": (4,),
-    "in-doubt-ignored": (7,),
-    "known-trade-off-by-one": (6,),
-    "revision-taken-for-duplicate": (4,),
+    "gap-unnoticed": (7,),
+    "lost-flush": (8,),
+    "acknowledged-before-synced": (16,),
+    "snapshot-before-acknowledged": (101,),
+    "manifest-before-chunks": (14,),
+    "late-trade-dropped": (11,),
+    "sum-order": (11,),
+    "revision-not-raised": (11,),
+    "commit-before-insert": (11,),
+    "in-doubt-ignored": (12,),
 }
 """Bug -> seeds that found it when this was written; of the others the first ones do."""
 OTHERS = range(1, 100)
