@@ -42,7 +42,9 @@ def replay(output: Output, *, data_dir: Path | None, file: Path, exchange: str, 
     output.line(_replayed(file, value))
     if summary.deadlettered:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.reasons.items())
-        output.note(f"{summary.deadlettered:,} rows went to the deadletter topic ({reasons}): see `marketstream deadletter list --component replay`.")
+        output.note(
+            f"{summary.deadlettered:,} rows went to the deadletter topic ({reasons}): see `marketstream deadletter list --component replay`."
+        )
 
 
 def _replayed(file: Path, value: dict[str, Any]) -> str:
