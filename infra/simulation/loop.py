@@ -145,7 +145,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def call_at(self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None) -> asyncio.TimerHandle:  # type: ignore[override]
         """Run ``callback`` at a time as :meth:`time` tells it."""
-        return self.call_at_us(self.start_us + round(when * _US), callback, *args, context=context)
+        after_us = round(when * _US)
+        if after_us / _US < when:  # never early: who looks at the clock and finds it early asks again at once, for ever
+            after_us += 1
+        return self.call_at_us(self.start_us + after_us, callback, *args, context=context)
 
     def call_at_us(self, when_us: int, callback: Callable[..., Any], *args: Any, context: Context | None = None) -> asyncio.TimerHandle:
         """Run ``callback`` at a moment of the virtual wall clock; of the same moment's in the order they were asked for."""

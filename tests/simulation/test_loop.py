@@ -39,6 +39,20 @@ def test_timers_of_one_moment_run_in_the_order_they_were_set(loop: VirtualLoop) 
     assert seen == list(range(50))
 
 
+def test_timer_is_never_early(loop: VirtualLoop) -> None:
+    """When it fires the clock shows its time, whatever fraction of a microsecond that was: some callers ask again at once otherwise."""
+    seen: list[tuple[float, float]] = []
+
+    async def work() -> None:
+        for number in range(200):
+            when = loop.time() + 0.1 + number / 3e7
+            loop.call_at(when, lambda when=when: seen.append((loop.time(), when)))  # type: ignore[misc]
+        await asyncio.sleep(1)
+
+    loop.run(work())
+    assert len(seen) == 200 and all(now >= when for now, when in seen)
+
+
 def test_standard_library_waits_work(loop: VirtualLoop) -> None:
     """Timeouts, gathering, events and queues are asyncio's own."""
 
