@@ -59,7 +59,7 @@ def report(feeds: Sequence[dict[str, Any]], *, start_us: int, end_us: int, chann
         _tiles(feeds, [gap for _, gap in gaps]),
         "<h2>Feeds</h2>",
         _key(),
-        *(_feed(feed, start_us, end_us) for feed in feeds),
+        *(_feed(feed, start_us, end_us) for feed in sorted(feeds, key=_worst_first)),
         f"<div class=axis><span></span><div><span>{_time(start_us)}</span><span>{_time((start_us + end_us) // 2)}</span>"
         f"<span>{_time(end_us)}</span></div><span></span></div>",
         "<h2>Gaps</h2>",
@@ -123,6 +123,13 @@ def _feed(feed: dict[str, Any], start_us: int, end_us: int) -> str:
         f'<div class=feed><span>{name}</span><svg viewBox="0 0 {_WIDTH} 22" preserveAspectRatio="none" role="img" aria-label="{label}">'
         f"{''.join(marks)}</svg><span class=share>{_percent(feed['covered'])}</span></div>"
     )
+
+
+def _worst_first(feed: dict[str, Any]) -> tuple[int, int, str, str]:
+    """Sort key: feeds that lost trades, then those with open gaps, then those with filled ones, then by name."""
+    states = [gap["state"] for gap in feed["gaps"]]
+    rank = next((place for place, state in enumerate(("unfillable", "open", "filled")) if state in states), 3)
+    return rank, -len(states), feed["exchange"], feed["symbol"]
 
 
 def _table(gaps: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:

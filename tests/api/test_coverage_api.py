@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -142,3 +143,17 @@ async def test_the_report_stands_alone_and_names_every_gap() -> None:
     assert "<script>" not in page
     assert page.count("<tr>") == 4
     assert "unfillable (restart): 2023-11-14 21:33:20 to 2023-11-14 21:43:20" in page
+
+
+def test_the_page_begins_with_the_feeds_that_lost_trades() -> None:
+    """Of two hundred feeds the one that needs a person is the first, not the one whose name begins with A."""
+
+    def feed(symbol: str, *states: str) -> dict[str, Any]:
+        gap = {"evidence": "id jump", "start_us": T - 5, "end_us": T - 4, "first_id": 1, "last_id": 1, "ids": 1, "recovered": 0}
+        gaps = [{**gap, "state": state} for state in states]
+        return {"exchange": "binance", "symbol": symbol, "channel": "trades", "covered": 1.0, "shares": {}, "intervals": [], "gaps": gaps}
+
+    feeds = [feed("AAA"), feed("BBB", "filled"), feed("CCC", "open"), feed("DDD", "filled", "unfillable")]
+    page = report(feeds, start_us=T - 10, end_us=T, channel="trades", written_us=T)
+    listed = page[: page.index("<h2>Gaps</h2>")]
+    assert sorted(("AAA", "BBB", "CCC", "DDD"), key=listed.index) == ["DDD", "CCC", "BBB", "AAA"]
