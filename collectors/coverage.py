@@ -88,6 +88,8 @@ class Resume:
     lost_since_us: int = 0
     gaps: tuple[OpenGap, ...] = ()
     """Its open gaps with known ids; they are fetched further."""
+    newest_gap_id: int = -1
+    """The newest id any gap or interval of it was given; -1: none is known."""
     strays: tuple[OpenGap, ...] = ()
     """Open entries with unknown ids that nobody will settle: those without an end are withdrawn, the others are lost for good."""
 

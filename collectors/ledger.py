@@ -83,26 +83,43 @@ class Ledger:
         """Go on where an earlier process left off: what was traded since is in doubt, its open gaps are fetched further."""
         self._sequencer.add(code, resume.trade_id, resume.exchange_time_us)
         named = (gap.gap_id for gap in (*resume.gaps, *resume.strays))
-        self._gap_id = max(self._gap_id, resume.lost_id, resume.interval_id, *named)
+        self._gap_id = max(self._gap_id, resume.newest_gap_id, resume.lost_id, resume.interval_id, *named)
         if resume.trade_id < 0:
             self.coverage.watch(code)
         else:
-            since_us = resume.interval_since_us if resume.interval_id >= 0 else resume.exchange_time_us
+            since_us = resume.exchange_time_us if resume.lost_id < 0 else min(resume.exchange_time_us, resume.lost_since_us)
+            since_us = resume.interval_since_us if resume.interval_id >= 0 else since_us
             self.coverage.watch(code, since_us=since_us, interval_id=resume.interval_id)
             self._watermark.resume(resume.watched_until_us)
             lost_us = resume.lost_since_us if resume.lost_id >= 0 else max(resume.exchange_time_us, resume.watched_until_us)
-            gap_id = resume.lost_id if resume.lost_id >= 0 else self._next_gap_id()
-            self._lose(np.array([code]), np.array([lost_us]), EVIDENCE_RESTART, gap_id)
+            # under an id of its own: that the old stretch ended may have been told in the trades, and an id that ended does not open again
+            self._lose(np.array([code]), np.array([lost_us]), EVIDENCE_RESTART, self._next_gap_id())
+            if resume.lost_id >= 0:
+                self._withdraw(code, resume.lost_id, lost_us, EVIDENCE_RESTART)
         for old in resume.gaps:
             self._reopen(code, old, mono_us)
         for old in resume.strays:
             bounds = (old.start_time_us, old.end_time_us)
-            ended = old.end_time_us >= old.start_time_us
-            state, end_us = (GAP_UNFILLABLE, bounds[1]) if ended else (GAP_COMPLETE, bounds[0])
-            self._batcher.notice(GapNotice(code, old.gap_id, bounds[0], end_us, state or GAP_FILLED))
+            if old.end_time_us < old.start_time_us:
+                self._withdraw(code, old.gap_id, old.start_time_us, old.evidence)
+                continue
+            self._batcher.notice(GapNotice(code, old.gap_id, *bounds, GAP_UNFILLABLE))
             self._closing.append(
-                block(np.array([code]), start_time_us=bounds[0], end_time_us=end_us, evidence=old.evidence, state=state, gap_id=old.gap_id)
+                block(
+                    np.array([code]),
+                    start_time_us=bounds[0],
+                    end_time_us=bounds[1],
+                    evidence=old.evidence,
+                    state=GAP_UNFILLABLE,
+                    gap_id=old.gap_id,
+                )
             )
+
+    def _withdraw(self, code: int, gap_id: int, since_us: int, evidence: int) -> None:
+        """A stretch without an end that another one goes on with."""
+        self._batcher.notice(GapNotice(code, gap_id, since_us, since_us, GAP_FILLED))
+        rows = block(np.array([code]), start_time_us=since_us, end_time_us=since_us, evidence=evidence, state=GAP_COMPLETE, gap_id=gap_id)
+        self._closing.append(rows)
 
     def _reopen(self, code: int, old: OpenGap, mono_us: int) -> None:
         """Go on with a gap of an earlier process; one that it had no time to tell of is told now."""

@@ -41,6 +41,7 @@ class _Symbol:
     open: dict[int, OpenGap] = field(default_factory=dict)
     told: list[tuple[int, int]] = field(default_factory=list)  # ids that rows of the ledger speak of, or that were published later
     interval: tuple[int, int, int] = (-1, 0, 0)  # id, start, end
+    newest_gap_id: int = -1  # of rows and notices of any state
 
 
 class LeftOff:
@@ -66,6 +67,9 @@ class LeftOff:
         if not frame.flags & HISTORY:
             promised = self._promised.setdefault(partition, {})
             promised[frame.source] = max(frame.watermark_us, promised.get(frame.source, 0))
+        for notice in frame.gaps:
+            symbol = self._of(frame.symbols[notice.symbol_code])
+            symbol.newest_gap_id = max(symbol.newest_gap_id, notice.gap_id)
         if not frame.row_count:
             return
         codes, ids, times = frame.columns["symbol_code"], frame.columns["trade_id"], frame.columns["exchange_time_us"]
@@ -99,6 +103,7 @@ class LeftOff:
             if gap_id < 0:
                 continue
             symbol = self._of(frame.symbols[code])
+            symbol.newest_gap_id = max(symbol.newest_gap_id, gap_id)
             if state == GAP_OPEN:
                 symbol.open[gap_id] = OpenGap(gap_id, first, last, start, end, evidence, recovered)
             else:
@@ -120,7 +125,11 @@ class LeftOff:
 
     def resumes(self, oldest_us: int = 0) -> dict[str, Resume]:
         """What to go on with, by instrument key. A symbol whose newest trade is older than ``oldest_us`` starts anew; its gaps go on."""
-        return {key: self._resume(key, symbol, oldest_us) for key, symbol in self._symbols.items() if symbol.trade_id >= 0 or symbol.open}
+        return {
+            key: self._resume(key, symbol, oldest_us)
+            for key, symbol in self._symbols.items()
+            if symbol.trade_id >= 0 or symbol.open or symbol.newest_gap_id >= 0
+        }
 
     def _of(self, key: str) -> _Symbol:
         symbol = self._symbols.get(key)
@@ -150,7 +159,7 @@ class LeftOff:
         known = [gap for gap in symbol.open.values() if gap.first_id >= 0]
         unknown = sorted((gap for gap in symbol.open.values() if gap.first_id < 0), key=lambda gap: gap.start_time_us)
         if symbol.trade_id < 0 or symbol.time_us < oldest_us:
-            return Resume(-1, 0, gaps=tuple(known), strays=tuple(unknown))
+            return Resume(-1, 0, newest_gap_id=symbol.newest_gap_id, gaps=tuple(known), strays=tuple(unknown))
         lost = next((gap for gap in unknown if gap.end_time_us < gap.start_time_us), None)
         promised = self._promised.get(partition_of(key, self._partitions), {})
         interval_id, since_us, _ = symbol.interval
@@ -162,6 +171,7 @@ class LeftOff:
             interval_since_us=since_us,
             lost_id=lost.gap_id if lost else -1,
             lost_since_us=lost.start_time_us if lost else 0,
+            newest_gap_id=symbol.newest_gap_id,
             gaps=(*known, *self._untold(symbol)),
             strays=tuple(gap for gap in unknown if gap is not lost),
         )

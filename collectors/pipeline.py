@@ -105,8 +105,17 @@ class Pipeline:
         """Whether everything wanted is subscribed; kept by the shell."""
         self._newest_us = 0  # newest exchange time of the last round that had rows
 
-    def add_symbol(self, key: str, stream: str, mono_us: int, *, resume: Resume | None = None) -> int:
-        """Code of an instrument whose rows arrive on ``stream``; ``resume``: what an earlier process left."""
+    def add_symbol(self, key: str, stream: str, mono_us: int, *, resume: Resume | None = None, wall_us: int = 0) -> int:
+        """Code of an instrument whose rows arrive on ``stream``.
+
+        Args:
+            key, stream: as named.
+            mono_us: now.
+            resume: what an earlier process left.
+            wall_us: wall-clock time, from which gaps get their ids; 0: the newest heard of.
+        """
+        if wall_us:
+            self.ledger.clock(wall_us)
         code = self.batcher.code_of(key)
         self.mapper.bind(stream, code)
         self._streams[code] = stream

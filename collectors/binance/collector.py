@@ -145,6 +145,7 @@ class BinanceCollector:
             stream,
             self._clock.monotonic_us(),
             resume=resume,
+            wall_us=self._clock.now_us(),
         )
         self._placed[symbol] = (shard, stream)
         self.states[symbol] = "collecting"

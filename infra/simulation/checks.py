@@ -13,6 +13,7 @@ import numpy.typing as npt
 import polars as pl
 
 from infra.simulation.components import EXCHANGE, describe, row_codec
+from infra.simulation.progress import newest_gap_rows
 from processors.bars import build
 from processors.quality import DISCARDED, HELD
 from schemas.frames import GAP_OPEN, GAP_UNFILLABLE, HISTORY
@@ -213,19 +214,10 @@ def _one_to_one(world: World, partition: int) -> list[str]:
 
 def _ledger(world: World, symbol: str) -> list[str]:
     """Every gap of the ledger is closed, as filled: the venue had all of it. The newest row of a gap is valid."""
-    key = _key(symbol)
-    newest: dict[int, tuple[int, int, int]] = {}
-    for frame in world.frames.of("gaps", partition_of(key, world.broker.partitions)):
-        if frame is not None and key in frame.symbols:
-            columns = frame.columns
-            mine = columns["symbol_code"] == frame.symbols.index(key)
-            names = ("gap_id", "state", "first_missing_id", "last_missing_id")
-            for gap_id, *row in zip(*(columns[name][mine].tolist() for name in names), strict=True):
-                newest[gap_id] = (row[0], row[1], row[2])
     return [
-        f"ledger: gap {gap_id} of {symbol}, trades {first}..{last}, ended in state {state}"
-        for gap_id, (state, first, last) in newest.items()
-        if state in (GAP_OPEN, GAP_UNFILLABLE)
+        f"ledger: gap {row.gap_id} of {symbol}, trades {row.first_missing_id}..{row.last_missing_id}, ended in state {row.state}"
+        for row in newest_gap_rows(world, symbol).values()
+        if row.state in (GAP_OPEN, GAP_UNFILLABLE)
     ]
 
 

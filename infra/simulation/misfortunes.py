@@ -132,6 +132,8 @@ class Misfortunes:
         """Everything works again."""
         world = self._world
         self._fair_weather()
+        for process in world.processes.values():
+            process.doomed_in = 0  # it would die when all is over, and what it then misses is nobody's to judge
         world.broker.sync_us = world.broker.fast_sync_us
         world.broker.lost_answers = world.store.lost_answers = world.store.refused = 0.0
         world.store.up = True

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from infra.simulation.broker import Place, SimBroker
 from infra.simulation.components import EXCHANGE, SINK_GROUP, frame_codec
 from schemas.errors import DecodeError
-from schemas.frames import Frame
+from schemas.frames import GAP_OPEN, Frame
+from schemas.partitions import partition_of
 from schemas.timeframes import timeframe_seconds
 
 if TYPE_CHECKING:
     from infra.simulation.world import World
+
+
+class GapRow(NamedTuple):
+    """A row of the ledger, as far as it is looked at."""
+
+    gap_id: int
+    state: int
+    first_missing_id: int
+    last_missing_id: int
+    start_time_us: int
+    end_time_us: int
 
 
 class Frames:
@@ -87,6 +99,24 @@ def collected(world: World) -> Callable[[], bool]:
         return all(watermark_us >= end_us for watermark_us in world.progress.watermark_us)
 
     return done
+
+
+def newest_gap_rows(world: World, symbol: str) -> dict[int, GapRow]:
+    """The valid row of each gap of a symbol's ledger, by its id: the newest."""
+    key = f"{EXCHANGE}:{symbol}"
+    newest: dict[int, GapRow] = {}
+    for frame in world.frames.of("gaps", partition_of(key, world.broker.partitions)):
+        if frame is not None and key in frame.symbols:
+            columns = frame.columns
+            mine = columns["symbol_code"] == frame.symbols.index(key)
+            rows = map(GapRow._make, zip(*(columns[name][mine].tolist() for name in GapRow._fields), strict=True))
+            newest |= {row.gap_id: row for row in rows}
+    return newest
+
+
+def ledger_is_quiet(world: World) -> Callable[[], bool]:
+    """Whether the ledger has the last word on every gap: it is written after the trades it is about are safe."""
+    return lambda: all(row.state != GAP_OPEN for symbol in world.symbols() for row in newest_gap_rows(world, symbol).values())
 
 
 def caught_up(world: World, name: str) -> Callable[[], bool]:

@@ -31,7 +31,7 @@ from infra.simulation.disk import SimDisk
 from infra.simulation.loop import Process, SimClock, VirtualLoop
 from infra.simulation.misfortunes import Misfortunes
 from infra.simulation.network import MemoryTransport, Network
-from infra.simulation.progress import Frames, Progress, caught_up, collected
+from infra.simulation.progress import Frames, Progress, caught_up, collected, ledger_is_quiet
 from infra.simulation.repairing import repair
 from infra.simulation.scenario import COMPONENTS, Result, Scenario
 from infra.simulation.store import SimStore
@@ -141,7 +141,7 @@ class World:
         await self.clock.sleep(1.0)
         self.end_us = self.loop.now_us
         self.over = True
-        await self._settle("processes", "collector", "worker", "sink")
+        await self._settle("processes", "collector", "ledger", "worker", "sink")
         self.live_violations = checks.live_bars(self)
         repair(self)
         await self._settle("sink", "api")
@@ -151,7 +151,9 @@ class World:
         await self.clock.sleep(0.5)
         for name in stages:
             self.due = {place: log.synced for place, log in self.broker.logs.items()}
-            done = self._all_alive if name == "processes" else collected(self) if name == "collector" else caught_up(self, name)
+            first: dict[str, Callable[[World], Callable[[], bool]]]
+            first = {"processes": lambda _: self._all_alive, "collector": collected, "ledger": ledger_is_quiet}
+            done = first[name](self) if name in first else caught_up(self, name)
             if not await self._until(done, _SETTLE_S):
                 self.unsettled.append(f"the {name} had not caught up {_SETTLE_S:g} s after the last trade")
             await self.clock.sleep(max(0.2, 2 * self.scenario.tuning.linger_ms / 1_000))  # what is done may still be on its way out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from collectors.dedupe import NUMBERING
 from collectors.left_off import LeftOff, without
 from collectors.wire import TRADE_DTYPES
 from schemas.codec import FrameCodec
-from schemas.frames import GAP_COMPLETE, GAP_FILLED, GAP_OPEN, GAP_UNFILLABLE, HISTORY, Frame
+from schemas.frames import GAP_COMPLETE, GAP_FILLED, GAP_OPEN, GAP_UNFILLABLE, HISTORY, Frame, GapNotice
 
 T = 1_700_000_000_000_000
 BTC, ETH = "binance:BTC-USDT", "binance:ETH-USDT"
@@ -49,6 +50,15 @@ def test_the_newest_trade_and_what_the_feed_promised() -> None:
     assert (found[BTC].trade_id, found[BTC].exchange_time_us, found[BTC].watched_until_us) == (8, T + 8, T + 900)
     assert found[ETH].trade_id == 70
     assert found[BTC].gaps == ()
+
+
+def test_the_newest_gap_id_counts_also_of_what_is_closed() -> None:
+    """Of rows of any state, and of notices whose row was lost: ids after it are fresh."""
+    made = LeftOff("binance", 1)
+    made.trades(0, replace(trades([(BTC, 100)]), gaps=(GapNotice(0, 12, T, T + 1, GAP_OPEN),)))
+    assert made.resumes()[BTC].newest_gap_id == 12
+    made.gaps(gaps(BTC, (20, GAP_FILLED, 30, 39, T, T + 9, 5), (15, GAP_COMPLETE, -1, -1, T, T + 9, 0)))
+    assert made.resumes()[BTC].newest_gap_id == 20
 
 
 def test_open_gaps_go_on_and_those_that_ended_do_not() -> None:

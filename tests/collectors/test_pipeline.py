@@ -30,7 +30,7 @@ STEP = 10_000
 class Bench:
     """A pipeline of two symbols with everything it calls recorded."""
 
-    def __init__(self, *, consecutive: bool = True, resumes: dict[str, Resume] | None = None, **config: Any) -> None:
+    def __init__(self, *, consecutive: bool = True, resumes: dict[str, Resume] | None = None, wall_us: int = 0, **config: Any) -> None:
         self.letters = RecordingDeadLetters()
         self.replies: list[Reply] = []
         self.gaps: list[Gap] = []
@@ -52,7 +52,11 @@ class Bench:
         )
         self.codes = {
             name: self.pipeline.add_symbol(
-                f"binance:{name}-USDT", f"{name.lower()}usdt@trade", self.now, resume=(resumes or {}).get(f"binance:{name}-USDT")
+                f"binance:{name}-USDT",
+                f"{name.lower()}usdt@trade",
+                self.now,
+                resume=(resumes or {}).get(f"binance:{name}-USDT"),
+                wall_us=wall_us,
             )
             for name in ("BTC", "ETH")
         }
@@ -231,6 +235,22 @@ def test_a_restart_goes_on_with_the_interval_and_the_gaps_of_the_process_before(
     assert (settled["state"], settled["gap_id"]) == (0, lost["gap_id"])
     assert (interval["state"], interval["gap_id"], interval["start_time_us"]) == (0, 5, at_us - 900)
     assert interval["end_time_us"] == (T_MS + 9_000) * 1000 - 500_000
+
+
+def test_no_gap_gets_an_id_that_an_earlier_process_gave() -> None:
+    """The newest row of an id is valid: one that is given again would take back what the first was about. Our clock may have gone back."""
+    at_us = (T_MS + 100) * 1000
+    resume = Resume(100, at_us, watched_until_us=at_us + 500, lost_id=70, lost_since_us=at_us - 900, newest_gap_id=90)
+    made = Bench(resumes={"binance:BTC-USDT": resume}, wall_us=80)
+    made.round()
+    again = made.ledger()[0]
+    assert (again["gap_id"], again["state"], again["start_time_us"]) == (91, GAP_OPEN, at_us - 900)
+    withdrawn = made.ledger()[1]
+    assert (withdrawn["gap_id"], withdrawn["state"]) == (70, 0)
+    assert sorted(made.notices()) == [(70, GAP_FILLED), (91, GAP_OPEN)]
+    later = Bench(resumes={"binance:BTC-USDT": resume}, wall_us=500)
+    later.round()
+    assert later.ledger()[0]["gap_id"] == 500
 
 
 def test_ids_that_start_anew_are_kept_and_told_as_a_restart() -> None:
