@@ -20,6 +20,9 @@ Array = npt.NDArray[Any]
 MAX_INTERVALS: Final = 64
 """Intervals remembered per symbol; beyond it the two oldest become one that spans both: rather a bar too many marked than one too few."""
 
+MAX_SOURCES: Final = 8
+"""Sources per symbol whose newest ended gap is remembered; the one that ended a gap longest ago is forgotten first."""
+
 
 class Interval(NamedTuple):
     """A stretch of time of which trades are missing."""
@@ -31,6 +34,8 @@ class Interval(NamedTuple):
     """Time of the first row after it; before ``start_us`` while that row has not come."""
     source: str
     """Whose gap it is: what is long past for one source may be the present of another (a replay)."""
+    is_lost: bool = False
+    """It is unfillable: the last word on it."""
 
 
 def touches(open_us: Array, close_us: Array, start_us: Array | int, end_us: Array | int) -> Array:
@@ -46,6 +51,10 @@ def touches(open_us: Array, close_us: Array, start_us: Array | int, end_us: Arra
 class GapBook:
     """Open and unfillable intervals of the symbols of one partition.
 
+    Frames come again: a spool sends its last ones twice after a crash, a new producer what was sent when an answer was lost. A notice that a
+    gap opened would open it for ever where it ended meanwhile. Ids of gaps grow, and a gap is told of when it gets its id: a notice of an id not
+    above the newest of its symbol and source that ended, and of no gap that is open, is an old one.
+
     Args:
         keep_us: an interval is forgotten when a new one of its symbol and source comes and it ended this long before that source's
             watermark: no bar that reaches back to it can be published any more.
@@ -54,10 +63,11 @@ class GapBook:
     def __init__(self, keep_us: int) -> None:
         self._keep_us = keep_us
         self._held: dict[str, list[Interval]] = {}
+        self._ended: dict[str, dict[str, int]] = {}  # key -> source -> the newest id that ended
 
     def __len__(self) -> int:
-        """Symbols with an interval."""
-        return len(self._held)
+        """Symbols of which anything is known."""
+        return len(self._held.keys() | self._ended.keys())
 
     def apply(self, frame: Frame) -> None:
         """Take a frame's notices, in their order. Notices that make no sense (unknown state, a time out of range) change nothing."""
@@ -67,9 +77,13 @@ class GapBook:
             key = frame.symbols[notice.symbol_code]
             if notice.state == GAP_FILLED:
                 self._drop(key, notice.gap_id)
-            elif notice.state in (GAP_OPEN, GAP_UNFILLABLE):
-                interval = Interval(notice.gap_id, notice.start_time_us, notice.end_time_us, frame.source)
+                self._end(key, frame.source, notice.gap_id)
+            elif notice.state == GAP_UNFILLABLE or (notice.state == GAP_OPEN and self._may_open(key, frame.source, notice.gap_id)):
+                is_lost = notice.state == GAP_UNFILLABLE
+                interval = Interval(notice.gap_id, notice.start_time_us, notice.end_time_us, frame.source, is_lost)
                 self._add(key, interval, frame.watermark_us - self._keep_us)
+                if is_lost:
+                    self._end(key, frame.source, notice.gap_id)
 
     def complete(self, symbols: tuple[str, ...], bars: dict[str, Array]) -> Array:
         """The ``complete`` column of ``bars`` (int8, shape (n,)), 0 where an interval touches a bar; the same array when none does."""
@@ -87,19 +101,40 @@ class GapBook:
         return column
 
     def to_state(self) -> list[list[Any]]:
-        """The whole book as plain lists, for the shard's snapshot."""
-        return [[key, [list(interval) for interval in held]] for key, held in self._held.items()]
+        """The whole book as plain lists, for the shard's snapshot: [key, intervals, [source, newest id that ended] each]."""
+        keys = dict.fromkeys([*self._held, *self._ended])
+        return [
+            [key, [list(interval) for interval in self._held.get(key, ())], [list(pair) for pair in self._ended.get(key, {}).items()]]
+            for key in keys
+        ]
 
     @classmethod
     def from_state(cls, keep_us: int, state: Sequence[Sequence[Any]]) -> GapBook:
-        """The book that :meth:`to_state` gave. Raises ValueError for what is none."""
+        """The book that :meth:`to_state` gave, also before it told of what ended. Raises ValueError for what is none."""
         book = cls(keep_us)
-        for key, held in state:
-            intervals = [Interval(int(gap_id), int(start), int(end), str(source)) for gap_id, start, end, source in held]
-            if not isinstance(key, str) or not 0 < len(intervals) <= MAX_INTERVALS or key in book._held:
+        for key, held, *rest in state:
+            intervals = [Interval(int(gap_id), int(start), int(end), str(source), any(lost)) for gap_id, start, end, source, *lost in held]
+            ended = {str(source): int(gap_id) for source, gap_id in (rest[0] if rest else ())}
+            known = bool(intervals or ended) and len(intervals) <= MAX_INTERVALS and len(ended) <= MAX_SOURCES
+            if not isinstance(key, str) or not known or key in book._held or key in book._ended:
                 raise ValueError("The gaps of this state contradict themselves.")
-            book._held[key] = intervals
+            if intervals:
+                book._held[key] = intervals
+            if ended:
+                book._ended[key] = ended
         return book
+
+    def _may_open(self, key: str, source: str, gap_id: int) -> bool:
+        """Whether a notice of an open gap is no old one that came again."""
+        if gap_id > self._ended.get(key, {}).get(source, -1):
+            return True
+        return any(interval.gap_id == gap_id and not interval.is_lost for interval in self._held.get(key, ()))
+
+    def _end(self, key: str, source: str, gap_id: int) -> None:
+        ended = self._ended.setdefault(key, {})
+        ended[source] = max(gap_id, ended.pop(source, -1))  # the one told of last stands last
+        if len(ended) > MAX_SOURCES:
+            del ended[next(iter(ended))]
 
     def _drop(self, key: str, gap_id: int) -> None:
         left = [interval for interval in self._held.get(key, ()) if interval.gap_id != gap_id]

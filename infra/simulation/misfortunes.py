@@ -132,12 +132,16 @@ class Misfortunes:
         """Everything works again."""
         world = self._world
         self._fair_weather()
-        for process in world.processes.values():
-            process.doomed_in = 0  # it would die when all is over, and what it then misses is nobody's to judge
         world.broker.sync_us = world.broker.fast_sync_us
         world.broker.lost_answers = world.store.lost_answers = world.store.refused = 0.0
         world.store.up = True
         world.exchange.inject({"fault": "clear"})
+
+    def spare(self) -> None:
+        """Nobody dies any more: what is missed when all is over is nobody's to judge."""
+        for process in self._world.processes.values():
+            process.doomed_in = 0
+        self._world.loop.ambush_step = -1
 
     # -- the network
 
@@ -194,24 +198,22 @@ class Misfortunes:
     def _again(self) -> None:
         """A recent record of trades once more, as a second collector would send it."""
         place = self._place()
-        values = self._plain_records(place)[-10:]
+        values = self._telling_records(place)[-10:]
         if values:
             self._world.broker.inject(place, self._random.choice(values))
 
     def _newest_again(self) -> None:
-        """The newest record that holds trades once more, after it was stored."""
+        """The newest record that tells something once more, after it was stored."""
         place = self._place()
-        values = self._plain_records(place)
+        values = self._telling_records(place)
         if values:
             self._world.later(self._random.uniform(0.0, 1.0), self._world.broker.inject, place, values[-1])
 
-    def _plain_records(self, place: tuple[str, int]) -> list[bytes]:
-        """Records with trades and without notices of gaps: those are their collector's own, and nobody else tells of them."""
+    def _telling_records(self, place: tuple[str, int]) -> list[bytes]:
+        """Records with trades or notices of gaps, as a spool or a producer sends them again after a crash."""
         records = self._world.broker.logs[place].records
         frames = enumerate(self._world.frames.of(*place))
-        return [
-            records[offset].value for offset, frame in frames if frame is not None and frame.row_count and not (frame.flags or frame.gaps)
-        ]
+        return [records[offset].value for offset, frame in frames if frame is not None and (frame.row_count or frame.gaps)]
 
     def _poison(self) -> None:
         """A record of trades that nobody can read."""

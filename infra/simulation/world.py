@@ -141,6 +141,7 @@ class World:
         await self.clock.sleep(1.0)
         self.end_us = self.loop.now_us
         self.over = True
+        self.misfortunes.spare()
         await self._settle("processes", "collector", "ledger", "worker", "sink")
         self.live_violations = checks.live_bars(self)
         repair(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from processors.gap_book import MAX_INTERVALS, GapBook, touches
+from processors.gap_book import MAX_INTERVALS, MAX_SOURCES, GapBook, touches
 from schemas.frames import GAP_FILLED, GAP_OPEN, GAP_UNFILLABLE, Frame, GapNotice
 
 S = 1_000_000
@@ -50,8 +50,49 @@ def test_open_and_unfillable_gaps_mark_their_bars_and_a_filled_one_no_longer_doe
     assert complete(book) == [1, 1, 0, 0, 1, 1, 1, 0, 1, 1]
     book.apply(told((1, 2, 3, GAP_FILLED)))
     assert complete(book) == [1, 1, 1, 1, 1, 1, 1, 0, 1, 1]
-    book.apply(told((2, 8, 8, GAP_OPEN)))
-    assert complete(book) == [1] * 8 + [0, 1]
+    book.apply(told((3, 5, 4, GAP_OPEN)))
+    assert complete(book) == [1] * 5 + [0] * 5
+    book.apply(told((3, 8, 8, GAP_OPEN)))
+    assert complete(book) == [1] * 7 + [0, 0, 1]
+
+
+def test_an_old_notice_that_comes_again_opens_nothing() -> None:
+    """Frames come again after a crash: ids grow, so one not above the newest that ended, and not open, has ended. Others stay as they are."""
+    book = GapBook(100 * S)
+    first = told((1, 2, 3, GAP_OPEN), (2, 5, 4, GAP_OPEN))
+    book.apply(first)
+    book.apply(told((3, 7, 7, GAP_OPEN), (2, 5, 6, GAP_FILLED)))
+    book.apply(first)
+    assert complete(book) == [1, 1, 0, 0, 1, 1, 1, 0, 1, 1]
+    book.apply(told((1, 2, 2, GAP_UNFILLABLE), (4, 9, 9, GAP_UNFILLABLE), (3, 7, 7, GAP_FILLED)))
+    again = GapBook.from_state(100 * S, book.to_state())
+    again.apply(first)
+    assert complete(again) == [1, 1, 0, 1, 1, 1, 1, 1, 1, 0]
+    again.apply(told((1, 2, 3, GAP_FILLED), (4, 9, 9, GAP_FILLED)))
+    assert complete(again) == [1] * 10
+    twice = GapBook.from_state(100 * S, again.to_state())  # nothing is open, and yet it knows
+    twice.apply(first)
+    assert (complete(twice), len(twice)) == ([1] * 10, 1)
+
+
+def test_an_id_ended_for_its_own_symbol_and_source_only() -> None:
+    """A replay tells of ids of its own past; of more sources than are remembered the oldest are forgotten."""
+    book = GapBook(100 * S)
+    book.apply(told((9, 2, 3, GAP_FILLED)))
+    book.apply(told((5, 2, 2, GAP_OPEN), source="replay"))
+    book.apply(told((5, 2, 2, GAP_OPEN), key=OTHER))
+    assert (complete(book)[2], complete(book, OTHER)[2]) == (0, 0)
+    for number in range(100):
+        book.apply(told((number, 2, 2, GAP_FILLED), source=f"replay/{number}"))
+    assert {key: len(ended) for key, _, ended in book.to_state()} == {KEY: MAX_SOURCES, OTHER: 0}
+
+
+def test_a_state_without_what_ended_is_read() -> None:
+    """The first form: intervals without a state, no ids that ended."""
+    book = GapBook.from_state(100 * S, [[KEY, [[1, T0 + 2 * S, T0 + 3 * S, "binance/ws"]]]])
+    assert complete(book) == [1, 1, 0, 0, 1, 1, 1, 1, 1, 1]
+    book.apply(told((1, 2, 3, GAP_FILLED)))
+    assert complete(book) == [1] * 10
 
 
 def test_a_gap_is_of_one_symbol_only() -> None:
@@ -73,7 +114,7 @@ def test_notices_that_make_no_sense_change_nothing() -> None:
     """A state nobody knows, a time out of range, and a filling of what was never open."""
     book = GapBook(100 * S)
     book.apply(told((1, 2, 3, 9), (2, -(10**10), 3, GAP_OPEN), (3, 1, 10**12, GAP_OPEN), (4, 1, 2, GAP_FILLED)))
-    assert len(book) == 0
+    assert complete(book) == [1] * 10
 
 
 def test_the_book_forgets_what_no_bar_reaches_back_to_and_never_grows_beyond_its_limit() -> None:
@@ -98,6 +139,6 @@ def test_state_goes_there_and_back() -> None:
     book.apply(told((1, 2, 3, GAP_OPEN), (2, 5, 4, GAP_OPEN)))
     book.apply(told((1, 2, 3, GAP_OPEN), key=OTHER))
     assert GapBook.from_state(100 * S, book.to_state()).to_state() == book.to_state()
-    for state in ([["k", []]], [["k", [[1, 2]]]], [[1, [[1, 2, 3, "s"]]]]):
+    for state in ([["k", []]], [["k", [[1, 2]]]], [[1, [[1, 2, 3, "s"]]]], [["k", [], []]], [["k", [], [["s"]]]]):
         with pytest.raises(ValueError, match="contradict|unpack"):
             GapBook.from_state(100 * S, state)
