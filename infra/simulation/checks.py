@@ -15,6 +15,7 @@ import polars as pl
 from infra.simulation.components import EXCHANGE, describe, row_codec
 from infra.simulation.progress import newest_gap_rows
 from processors.bars import build
+from processors.gap_book import touches
 from processors.quality import DISCARDED, HELD
 from schemas.frames import GAP_OPEN, GAP_UNFILLABLE, HISTORY
 from schemas.partitions import partition_of
@@ -107,7 +108,25 @@ def newest_bars(world: World, symbol: str, timeframe: str) -> Columns:
 
 def live_bars(world: World) -> list[str]:
     """Before anything was repaired: every bar but those of trades that were fetched after their bars had closed is right already."""
-    return [f"live {line}" for symbol in world.symbols() for line in _bars(world, symbol, past_us=_past_times(world, symbol))]
+    found = [line for symbol in world.symbols() for line in _bars(world, symbol, past_us=_past_times(world, symbol))]
+    found += [line for symbol in world.symbols() for line in _doubted(world, symbol)]
+    return [f"live {line}" for line in found]
+
+
+def _doubted(world: World, symbol: str) -> list[str]:
+    """A bar that is not complete lies where the ledger says that something was missing or in doubt, or before the first trade."""
+    first = world.truth(symbol)["exchange_time_us"][:1]
+    gaps = [row for row in newest_gap_rows(world, symbol).values() if row.evidence]
+    start, end = (np.array([getattr(row, name) for row in gaps], np.int64) for name in ("start_time_us", "end_time_us"))
+    found = []
+    for timeframe in world.scenario.tuning.timeframes if len(first) else ():
+        bars = newest_bars(world, symbol, timeframe)
+        opens, closes = bars["open_time_us"], bars["close_time_us"]
+        known = touches(opens[:, None], closes[:, None], start, end).any(axis=1)
+        wrong = (bars["complete"] == 0) & (opens >= first[0]) & (closes <= world.end_us) & ~known
+        if wrong.any():
+            found.append(f"bars doubted without reason: {symbol} {timeframe} {np.count_nonzero(wrong)}, first {opens[wrong][:3].tolist()}")
+    return found
 
 
 def held_back(world: World, symbol: str) -> npt.NDArray[np.int64]:

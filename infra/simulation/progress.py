@@ -25,6 +25,7 @@ class GapRow(NamedTuple):
     last_missing_id: int
     start_time_us: int
     end_time_us: int
+    evidence: int
 
 
 class Frames:
