@@ -90,6 +90,8 @@ class Resume:
     """Its open gaps with known ids; they are fetched further."""
     newest_gap_id: int = -1
     """The newest id any gap or interval of it was given; -1: none is known."""
+    orphans: tuple[tuple[int, int], ...] = ()
+    """(id, start) of gaps that were told open in the trades and never in the ledger: another one speaks of what they were about."""
     strays: tuple[OpenGap, ...] = ()
     """Open entries with unknown ids that nobody will settle: those without an end are withdrawn, the others are lost for good."""
 

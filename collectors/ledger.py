@@ -98,6 +98,8 @@ class Ledger:
                 self._withdraw(code, resume.lost_id, lost_us, EVIDENCE_RESTART)
         for old in resume.gaps:
             self._reopen(code, old, mono_us)
+        for gap_id, start_us in resume.orphans:
+            self._batcher.notice(GapNotice(code, gap_id, start_us, start_us, GAP_FILLED))
         for old in resume.strays:
             bounds = (old.start_time_us, old.end_time_us)
             if old.end_time_us < old.start_time_us:

@@ -42,6 +42,8 @@ class _Symbol:
     told: list[tuple[int, int]] = field(default_factory=list)  # ids that rows of the ledger speak of, or that were published later
     interval: tuple[int, int, int] = (-1, 0, 0)  # id, start, end
     newest_gap_id: int = -1  # of rows and notices of any state
+    noticed: dict[int, int] = field(default_factory=dict)  # gaps told open in the trades and not ended there: their starts
+    named: set[int] = field(default_factory=set)  # gaps the ledger has a row of
 
 
 class LeftOff:
@@ -70,6 +72,10 @@ class LeftOff:
         for notice in frame.gaps:
             symbol = self._of(frame.symbols[notice.symbol_code])
             symbol.newest_gap_id = max(symbol.newest_gap_id, notice.gap_id)
+            if notice.state == GAP_OPEN:
+                symbol.noticed[notice.gap_id] = notice.start_time_us
+            else:
+                symbol.noticed.pop(notice.gap_id, None)
         if not frame.row_count:
             return
         codes, ids, times = frame.columns["symbol_code"], frame.columns["trade_id"], frame.columns["exchange_time_us"]
@@ -104,6 +110,7 @@ class LeftOff:
                 continue
             symbol = self._of(frame.symbols[code])
             symbol.newest_gap_id = max(symbol.newest_gap_id, gap_id)
+            symbol.named.add(gap_id)
             if state == GAP_OPEN:
                 symbol.open[gap_id] = OpenGap(gap_id, first, last, start, end, evidence, recovered)
             else:
@@ -140,7 +147,10 @@ class LeftOff:
     def _run(self, symbol: _Symbol, run: _Run, *, past: bool) -> None:
         newer_us = run.last_us - symbol.time_us
         if symbol.trade_id >= 0 and base_of(run.first) > base_of(symbol.trade_id):
-            symbol.holes.clear()  # a numbering of its own: between the two there is no hole
+            symbol.holes.clear()  # a numbering of its own: between the two there is no hole, but before its first may be one
+            first = base_of(run.first) + 1
+            if first < run.first:
+                symbol.holes.append(_Run(first, run.first - 1, symbol.time_us, run.first_us))
             symbol.trade_id = -1
         anew = newer_us > RESET_AFTER_US or (newer_us > RESET_AFTER_BREAK_US and 2 * run.last <= symbol.trade_id)
         if run.last < symbol.trade_id and anew and not past:
@@ -156,10 +166,11 @@ class LeftOff:
         symbol.trade_id, symbol.time_us = run.last, run.last_us
 
     def _resume(self, key: str, symbol: _Symbol, oldest_us: int) -> Resume:
+        orphans = tuple((gap_id, start_us) for gap_id, start_us in symbol.noticed.items() if gap_id not in symbol.named)
         known = [gap for gap in symbol.open.values() if gap.first_id >= 0]
         unknown = sorted((gap for gap in symbol.open.values() if gap.first_id < 0), key=lambda gap: gap.start_time_us)
         if symbol.trade_id < 0 or symbol.time_us < oldest_us:
-            return Resume(-1, 0, newest_gap_id=symbol.newest_gap_id, gaps=tuple(known), strays=tuple(unknown))
+            return Resume(-1, 0, newest_gap_id=symbol.newest_gap_id, orphans=orphans, gaps=tuple(known), strays=tuple(unknown))
         lost = next((gap for gap in unknown if gap.end_time_us < gap.start_time_us), None)
         promised = self._promised.get(partition_of(key, self._partitions), {})
         interval_id, since_us, _ = symbol.interval
@@ -172,6 +183,7 @@ class LeftOff:
             lost_id=lost.gap_id if lost else -1,
             lost_since_us=lost.start_time_us if lost else 0,
             newest_gap_id=symbol.newest_gap_id,
+            orphans=orphans,
             gaps=(*known, *self._untold(symbol)),
             strays=tuple(gap for gap in unknown if gap is not lost),
         )

@@ -61,6 +61,33 @@ def test_the_newest_gap_id_counts_also_of_what_is_closed() -> None:
     assert made.resumes()[BTC].newest_gap_id == 20
 
 
+def test_what_a_new_numbering_began_with_and_was_not_published_is_a_gap() -> None:
+    """The row of that gap has no ids, and the process that knew them may be gone. What came later is no gap."""
+    made = LeftOff("binance", 1)
+    made.trades(0, trades([(BTC, 100)]))
+    made.trades(0, trades([(BTC, NUMBERING + 4), (BTC, NUMBERING + 5)]))
+    (gap,) = made.resumes()[BTC].gaps
+    assert (gap.gap_id, gap.first_id, gap.last_id) == (-1, NUMBERING + 1, NUMBERING + 3)
+    assert gap.start_time_us == T + 100
+    made.trades(0, trades([(BTC, NUMBERING + number) for number in (1, 2, 3)]))
+    assert made.resumes()[BTC].gaps == ()
+    made = LeftOff("binance", 1)
+    made.trades(0, trades([(BTC, 100)]))
+    made.trades(0, trades([(BTC, NUMBERING + 1)]))
+    assert made.resumes()[BTC].gaps == ()
+
+
+def test_a_notice_whose_row_was_lost_is_to_be_withdrawn() -> None:
+    """Trades and ledger are records of two topics: a killed collector may have told of a gap in the trades only."""
+    made = LeftOff("binance", 1)
+    told = [(7, GAP_OPEN), (8, GAP_OPEN), (9, GAP_OPEN), (9, GAP_FILLED), (10, GAP_OPEN)]
+    for gap_id, state in told:
+        made.trades(0, replace(trades([(BTC, gap_id)]), gaps=(GapNotice(0, gap_id, T + gap_id, -1, state),)))
+    made.gaps(gaps(BTC, (8, GAP_OPEN, -1, -1, T + 8, -1, 5)))
+    resume = made.resumes()[BTC]
+    assert (resume.lost_id, resume.orphans) == (8, ((7, T + 7), (10, T + 10)))
+
+
 def test_open_gaps_go_on_and_those_that_ended_do_not() -> None:
     """The newest row of an id counts; a stretch without ids is the one nobody knows of."""
     made = LeftOff("binance", 1)

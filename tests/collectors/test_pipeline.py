@@ -253,6 +253,14 @@ def test_no_gap_gets_an_id_that_an_earlier_process_gave() -> None:
     assert later.ledger()[0]["gap_id"] == 500
 
 
+def test_a_notice_of_an_earlier_process_without_a_row_is_withdrawn() -> None:
+    """Nobody else would ever say that it ended."""
+    made = Bench(resumes={"binance:BTC-USDT": Resume(100, T_MS * 1000, orphans=((7, T_MS * 1000),), newest_gap_id=7)})
+    made.round()
+    assert sorted(made.notices()) == [(7, GAP_FILLED), (8, GAP_OPEN)]
+    assert [row["gap_id"] for row in made.ledger()] == [8]
+
+
 def test_ids_that_start_anew_are_kept_and_told_as_a_restart() -> None:
     """The venue came back with ids from 1: rows pass, one entry with unknown ids says that nobody knows what the old numbering still had."""
     made = Bench()
