@@ -195,7 +195,7 @@ def true_bars(world: World, symbol: str) -> dict[str, Columns]:
     known = world.true_bars.get(place)
     if known is not None:
         return known
-    trades = world.exchange.truth(symbol.replace("-", ""))
+    trades = world.available(symbol)
     kept = ~np.isin(trades["trade_id"], held)
     # the bar that is open at the end needs what comes after it; the rest of the time until now changes nothing before
     columns = {name: trades[name][kept] for name in _TRADE}
@@ -232,26 +232,54 @@ def _one_to_one(world: World, partition: int) -> list[str]:
 
 
 def _ledger(world: World, symbol: str) -> list[str]:
-    """Every gap of the ledger is closed, as filled: the venue had all of it. The newest row of a gap is valid."""
-    return [
-        f"ledger: gap {row.gap_id} of {symbol}, trades {row.first_missing_id}..{row.last_missing_id}, ended in state {row.state}"
-        for row in newest_gap_rows(world, symbol).values()
-        if row.state in (GAP_OPEN, GAP_UNFILLABLE)
+    """Every gap of the ledger is closed: filled where the venue has what was missed, unfillable with exactly the ids it has not."""
+    rows = newest_gap_rows(world, symbol).values()
+    found = [
+        f"ledger: gap {row.gap_id} of {symbol}, trades {row.first_missing_id}..{row.last_missing_id}, ended open"
+        for row in rows
+        if row.state == GAP_OPEN
     ]
+    lost = [row for row in rows if row.state == GAP_UNFILLABLE]
+    forgotten = world.forgotten(symbol)
+    named = {number for row in lost if row.first_missing_id >= 0 for number in range(row.first_missing_id, row.last_missing_id + 1)}
+    never = world.never_were.get(symbol.replace("-", ""), [])
+    wanted = {*world.lost_ids(symbol).tolist(), *never} - set(forgotten["trade_id"].tolist())
+    newest = max(world.truth(symbol)["trade_id"].tolist(), default=-1)
+    if world.numbering:  # of ids before the new numbering the venue cannot be asked: gaps then open are lost as they were
+        wanted, named = ({number for number in ids if number >= world.numbering} for ids in (wanted, named))
+    if unnamed := sorted(number for number in wanted - named if number < newest):
+        found.append(f"ledger: {symbol} lacks {len(unnamed)} lost ids, first {unnamed[:3]}")
+    if wrong := sorted(number for number in named - wanted if number < newest):
+        found.append(f"ledger: {symbol} calls {len(wrong)} ids lost that are not, first {wrong[:3]}")
+    at_us = forgotten["exchange_time_us"]
+    covered = [(at_us >= row.start_time_us) & (at_us <= row.end_time_us) for row in lost]
+    if (silent := ~np.any([np.zeros(len(at_us), np.bool_), *covered], axis=0)).any():
+        found.append(f"ledger: {symbol} lost {forgotten['trade_id'][silent][:3].tolist()} before its ids began anew, silently")
+    if not (world.numbering or wanted) and lost:
+        found.append(f"ledger: {symbol} calls gap {lost[0].gap_id} lost, and nothing was")
+    return found
 
 
 def _complete(world: World, symbol: str) -> list[str]:
-    """After the repair every bar is complete that begins after the symbol's first trade: nothing is missing any more."""
+    """After the repair every bar after the symbol's first trade is complete, but those that what is lost for good touches."""
     first = world.truth(symbol)["exchange_time_us"][:1]
     if not len(first):
         return []
     found = []
+    lost = [row for row in newest_gap_rows(world, symbol).values() if row.state == GAP_UNFILLABLE]
+    start, end = (np.array([getattr(row, name) for row in lost], np.int64) for name in ("start_time_us", "end_time_us"))
     for timeframe in world.scenario.tuning.timeframes:
         bars = newest_bars(world, symbol, timeframe)
-        wrong = (bars["complete"] == 0) & (bars["open_time_us"] >= first[0]) & (bars["close_time_us"] <= world.end_us)
-        if wrong.any():
-            opens = bars["open_time_us"][wrong]
-            found.append(f"bars not complete: {symbol} {timeframe} {len(opens)} of {len(wrong)}, first {opens[:3].tolist()}")
+        opens, closes = bars["open_time_us"], bars["close_time_us"]
+        judged = (opens >= first[0]) & (closes <= world.end_us)
+        touched = touches(opens[:, None], closes[:, None], start, end).any(axis=1)
+        for what, wrong in (
+            ("not complete", (bars["complete"] == 0) & ~touched),
+            ("complete over a loss", (bars["complete"] == 1) & touched),
+        ):
+            if (wrong & judged).any():
+                at = opens[wrong & judged]
+                found.append(f"bars {what}: {symbol} {timeframe} {len(at)} of {len(wrong)}, first {at[:3].tolist()}")
     return found
 
 

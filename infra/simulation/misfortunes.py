@@ -31,6 +31,10 @@ _VENUE: Final[tuple[dict[str, object], ...]] = (
 """Faults of the simulated exchange that concern no symbol, or any."""
 
 
+LOSING_SHARE: Final = 0.4
+"""Of the worlds in which the exchange loses trades for good, or is away: what is whole in the end is then less to see."""
+
+
 class Misfortunes:
     """Strikes a world.
 
@@ -66,6 +70,14 @@ class Misfortunes:
             "machine down": self._machine_down,
         }
         """Everything that is not a kill, by name."""
+        self.losses: dict[str, Callable[[], None]] = {
+            "lose": lambda: self._on_symbol("lose"),
+            "hole": self._hole,
+            "exchange away": lambda: self._restart(reset_ids=False),
+            "ids anew": lambda: self._restart(reset_ids=True),
+            "partition": self._partition,
+        }
+        """What costs trades, ids or the exchange."""
 
     async def run(self) -> None:
         """All of them, at moments drawn in advance."""
@@ -81,16 +93,28 @@ class Misfortunes:
             for number in range(max(1, int(scenario.duration_s / MISHAP_EVERY_S))):
                 kind = random.choice(list(self.mishaps))
                 plan.append((random.uniform(0.0, scenario.duration_s), 1_000 + number, kind))
+            plan += self._losing_plan(scenario.duration_s)
         start = world.loop.time()
         for moment, _, what in sorted(plan):
             await world.clock.sleep(max(0.0, start + moment - world.loop.time()))
-            if what in self.mishaps:
+            act = self.mishaps.get(what) or self.losses.get(what)
+            if act is not None:
                 world.trace.note("mishap", what)
-                self.mishaps[what]()
+                act()
                 if scenario.kills and random.random() < 0.4:  # misfortunes come in pairs
                     world.later(random.uniform(0.0, 1.5), self._strike_too, random.choice(scenario.targets))
             else:
                 self.strike(what)
+
+    def _losing_plan(self, duration_s: float) -> list[tuple[float, int, str]]:
+        """When trades are lost for good; drawn by itself, so that the other worlds are what they were."""
+        random = Random(f"{self._world.scenario.seed}/losses")
+        if random.random() >= LOSING_SHARE:
+            return []
+        kinds = random.choices(list(self.losses), k=random.randint(1, 4))
+        if kinds.count("ids anew") > 1:  # the exchange remembers what it traded in one numbering before the present one
+            kinds = [kind for kind in kinds if kind != "ids anew"] + ["ids anew"]
+        return [(random.uniform(0.0, duration_s), 2_000 + number, kind) for number, kind in enumerate(kinds)]
 
     def strike(self, target: str) -> None:
         """Kill a component somewhere in what it does next."""
@@ -132,6 +156,7 @@ class Misfortunes:
         """Everything works again."""
         world = self._world
         self._fair_weather()
+        world.network.heal()
         world.broker.sync_us = world.broker.fast_sync_us
         world.broker.lost_answers = world.store.lost_answers = world.store.refused = 0.0
         world.store.up = True
@@ -160,6 +185,12 @@ class Misfortunes:
         network = self._world.network
         network.weather = replace(network.weather, stall_share=0.0, cut_share=0.0)
 
+    def _partition(self) -> None:
+        """The collector and the exchange do not reach each other; what was on its way arrives in the end."""
+        network = self._world.network
+        network.split.add(frozenset(("collector", "exchange")))
+        self._world.later(self._random.uniform(0.5, 6.0), network.heal)
+
     def _client(self) -> None:
         wire = self._world.subscriber.wire
         if wire is not None:
@@ -169,6 +200,22 @@ class Misfortunes:
 
     def _on_symbol(self, fault: str) -> None:
         self._world.exchange.inject({"fault": fault, "symbol": self._symbol(), "count": self._random.randint(2, 5)})
+
+    def _hole(self) -> None:
+        """Ids that never existed."""
+        world = self._world
+        if not world.exchange.exchange.is_down:
+            symbol = self._symbol()
+            request = world.exchange.inject({"fault": "hole", "symbol": symbol, "count": self._random.randint(1, 4)})
+            world.never_were.setdefault(symbol, []).extend(number + world.numbering for number in request.touched)
+
+    def _restart(self, *, reset_ids: bool) -> None:
+        world = self._world
+        if world.exchange.exchange.is_down:
+            return
+        if reset_ids:  # it forgets what it lost
+            world.lost_before = {symbol: world.lost_ids(symbol) for symbol in world.symbols()}
+        world.exchange.inject({"fault": "restart", "seconds": self._random.uniform(1.0, 4.0), "reset_ids": reset_ids})
 
     def _venue(self) -> None:
         fault = dict(self._random.choice(_VENUE))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from infra.simulation.broker import Place, SimBroker
 from infra.simulation.components import EXCHANGE, SINK_GROUP, frame_codec
 from schemas.errors import DecodeError
@@ -57,10 +60,15 @@ class Progress:
         self._broker, self._frames = broker, frames
         self._read: dict[Place, int] = {}
         self._newest: dict[str, int] = {}
+        self._ids: dict[str, list[npt.NDArray[np.int64]]] = {}
 
     def newest_id(self, symbol: str) -> int:
         """Newest trade id of a symbol in the topic, -1 for none."""
         return self._newest.get(f"{EXCHANGE}:{symbol}", -1)
+
+    def ids(self, symbol: str) -> npt.NDArray[np.int64]:
+        """Every trade id of a symbol in the topic, as they came."""
+        return np.concatenate([np.empty(0, np.int64), *self._ids.get(f"{EXCHANGE}:{symbol}", [])])
 
     def read(self) -> Progress:
         """Take in what is new; itself."""
@@ -70,6 +78,7 @@ class Progress:
                 for code, key in enumerate(frame.symbols):
                     ids = frame.columns["trade_id"][frame.columns["symbol_code"] == code]
                     if len(ids):
+                        self._ids.setdefault(key, []).append(ids)
                         self._newest[key] = max(self._newest.get(key, -1), int(ids.max()))
             for frame in self._new("bars", partition):
                 self.emitted[partition] = max(self.emitted[partition], frame.input_offset)

@@ -51,16 +51,18 @@ def _wanted(world: World) -> Iterator[Wanted]:
         yield from of_letter(row_codec("deadletter").decode(value), f"deadletter/0/{offset}")
 
 
-def _covered(world: World, key: str) -> np.ndarray[Any, Any]:
-    """``[start, end)`` of what the ledger's valid rows call complete or filled."""
+def _told(world: World, key: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """What the ledger's valid rows call complete or filled, ``[start, end)``, and what they call missing, as ``Evidence`` wants it."""
     rows = []
     for frame in world.frames.of("gaps", partition_of(key, world.broker.partitions)):
         if frame is not None and key in frame.symbols:
             mine = frame.columns["symbol_code"] == frame.symbols.index(key)
             names = ("gap_id", "start_time_us", "end_time_us", "state")
             rows += [LedgerRow(*row) for row in zip(*(frame.columns[name][mine].tolist() for name in names), strict=True)]
-    held = [extent(row) for row in valid_rows(rows) if row.state in (GAP_COMPLETE, GAP_FILLED)]
-    return np.array(held, np.int64).reshape(-1, 2)
+    valid = valid_rows(rows)
+    held = [extent(row) for row in valid if row.state in (GAP_COMPLETE, GAP_FILLED)]
+    missing = [(row.start_time_us, row.end_time_us) for row in valid if row.state not in (GAP_COMPLETE, GAP_FILLED)]
+    return np.array(held, np.int64).reshape(-1, 2), np.array(missing, np.int64).reshape(-1, 2)
 
 
 def _reconcile(world: World, key: str, ranges: list[tuple[int, int]]) -> int:
@@ -75,7 +77,8 @@ def _reconcile(world: World, key: str, ranges: list[tuple[int, int]]) -> int:
     page = {name: trades[name][order] for name in TRADE_DTYPES if name != "symbol_code"}
     by_id = np.argsort(trades["trade_id"], kind="stable")
     dense = dense_runs(trades["trade_id"][by_id], trades["exchange_time_us"][by_id])
-    evidence = Evidence(dense=dense, covered=_covered(world, key), held_us=held_us)
+    covered, missing = _told(world, key)
+    evidence = Evidence(missing=missing, covered=covered, dense=dense, held_us=held_us)
     rebuilt = rebuild([page], names, world.end_us)
     bars = world.store.rows("bars", key)
     newest = np.lexsort((bars["revision"], bars["open_time_us"], bars["timeframe_s"]))

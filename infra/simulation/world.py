@@ -17,7 +17,11 @@ from contextvars import copy_context
 from random import Random
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from collectors import session
+from collectors.dedupe import NUMBERING
 from collectors.simulated.config import ServerConfig
 from collectors.simulated.exchange import ExchangeConfig
 from collectors.simulated.regimes import MarketConfig
@@ -85,6 +89,10 @@ class World:
         self.live_violations: list[str] = []
         """What was wrong before the repair."""
         self.unsettled: list[str] = []
+        self.never_were: dict[str, list[int]] = {}
+        """Exchange symbol -> published ids of no trade."""
+        self.lost_before: dict[str, npt.NDArray[np.int64]] = {}
+        """Symbol -> ids the exchange lost for good before it numbered anew."""
         self.over = False
         self.end_us = 2**62
         """Trades before it must all be there; the market goes on, so that watermarks do."""
@@ -138,6 +146,7 @@ class World:
         await self.clock.sleep(scenario.duration_s)
         await faults
         self.misfortunes.end()
+        await self._until(self._trades, 60.0)
         await self.clock.sleep(1.0)
         self.end_us = self.loop.now_us
         self.over = True
@@ -196,11 +205,49 @@ class World:
         universe = self.exchange.exchange.venues["spot"].market.universe
         return [f"{base}-USDT" for base in universe.bases]
 
+    @property
+    def numbering(self) -> int:
+        """What is added to the ids the exchange gives now."""
+        return 0 if self.exchange.exchange.venues["spot"].earlier is None else NUMBERING
+
+    def made(self, symbol: str) -> dict[str, Any]:
+        """Every trade of a symbol the market made, until now, with ids as they are published."""
+        name = symbol.replace("-", "")
+        now = self.exchange.truth(name)
+        if not self.numbering:
+            return now
+        before = self.exchange.truth(name, earlier=True)
+        now = now | {"trade_id": now["trade_id"] + NUMBERING}
+        return {column: np.concatenate([before[column], now[column]]) for column in now}
+
+    def lost_ids(self, symbol: str) -> npt.NDArray[np.int64]:
+        """Published ids of trades that nobody can have: the exchange neither sent them nor shows them."""
+        venue = self.exchange.exchange.venues["spot"]
+        code = venue.market.code(symbol.replace("-", ""))
+        lost = np.array(venue.faults.lost.get(-1 if code is None else code, []), np.int64)
+        if not self.numbering:
+            return lost
+        return np.concatenate([self.lost_before.get(symbol, np.empty(0, np.int64)), self.forgotten(symbol)["trade_id"], lost + NUMBERING])
+
+    def forgotten(self, symbol: str) -> dict[str, Any]:
+        """What was traded before the exchange numbered anew and was not published by then: nobody can be asked for it any more."""
+        trades = self.made(symbol)
+        published = self.progress.read().ids(symbol)
+        kept = trades["trade_id"] < self.numbering
+        kept &= ~np.isin(trades["trade_id"], np.append(published, self.lost_before.get(symbol, np.empty(0, np.int64))))
+        return {name: column[kept] for name, column in trades.items()}
+
     def truth(self, symbol: str) -> dict[str, Any]:
-        """What the market traded of a symbol until the world was over; it trades on, so that watermarks do."""
-        trades = self.exchange.truth(symbol.replace("-", ""))
+        """What can be had of what the market traded of a symbol until the world was over; it trades on, so that watermarks do."""
+        trades = self.available(symbol)
         before = trades["exchange_time_us"] < self.end_us
         return {name: column[before] for name, column in trades.items()}
+
+    def available(self, symbol: str) -> dict[str, Any]:
+        """The same until now."""
+        trades = self.made(symbol)
+        kept = ~np.isin(trades["trade_id"], self.lost_ids(symbol))
+        return {name: column[kept] for name, column in trades.items()}
 
     def start(self, name: str) -> None:
         """Start (again) a component."""
@@ -268,6 +315,10 @@ class World:
         collector = self.outside.hooks.get("collector")
         shards = collector.shards if collector is not None else []
         return bool(shards) and all(shard.is_live for shard in shards) and len(self.subscriber.confirmed) == len(self.subscriber.received)
+
+    def _trades(self) -> bool:
+        """Whether the exchange is there, and every symbol has traded in its present numbering."""
+        return not self.exchange.exchange.is_down and all(len(self.exchange.truth(s.replace("-", ""))["trade_id"]) for s in self.symbols())
 
     def _all_alive(self) -> bool:
         return self.broker.up and all(process.alive for process in self.processes.values())
