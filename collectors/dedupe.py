@@ -205,7 +205,12 @@ class Sequencer:
         return gap
 
     def reopen(self, gap: Gap) -> None:
-        """Go on with a gap of an earlier process."""
+        """Go on with a gap of an earlier process, lowest ids first. What it is missing beyond the newest trade is not missed once more."""
+        code, newest = gap.code, int(self._last_id[gap.code])
+        if 0 <= newest < gap.last_id and (gap.first_id <= newest + 1 or base_of(gap.first_id) > base_of(newest)):
+            self._base[code] = base_of(gap.last_id)
+            self._last_id[code] = gap.last_id
+            self._last_us[code] = max(int(self._last_us[code]), gap.end_time_us)
         gaps = self._gaps.setdefault(gap.code, [])
         gaps.insert(bisect_right(gaps, gap.first_id, key=_first_id_of), gap)
 

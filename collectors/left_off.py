@@ -184,7 +184,7 @@ class LeftOff:
             lost_since_us=lost.start_time_us if lost else 0,
             newest_gap_id=symbol.newest_gap_id,
             orphans=orphans,
-            gaps=(*known, *self._untold(symbol)),
+            gaps=tuple(sorted([*known, *self._untold(symbol), *_between(symbol, known)], key=lambda gap: gap.first_id)),
             strays=tuple(gap for gap in unknown if gap is not lost),
         )
 
@@ -196,6 +196,18 @@ class LeftOff:
         for hole in symbol.holes:
             for first, last in without(hole.first, hole.last, told):
                 yield OpenGap(UNKNOWN_ID, first, last, hole.first_us, hole.last_us, 0)
+
+
+def _between(symbol: _Symbol, known: list[OpenGap]) -> Iterable[OpenGap]:
+    """What lies before open gaps that begin after the newest published trade: the process before had it, and did not get it out."""
+    newest, time_us = symbol.trade_id, symbol.time_us
+    for gap in sorted(known, key=lambda gap: gap.first_id):
+        if gap.last_id <= newest:
+            continue
+        first = newest + 1 if base_of(gap.first_id) == base_of(newest) else base_of(gap.first_id) + 1
+        if first < gap.first_id:
+            yield OpenGap(UNKNOWN_ID, first, gap.first_id - 1, time_us, gap.start_time_us, 0)
+        newest, time_us = gap.last_id, gap.end_time_us
 
 
 def without(first: int, last: int, told: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -88,6 +88,21 @@ def test_a_notice_whose_row_was_lost_is_to_be_withdrawn() -> None:
     assert (resume.lost_id, resume.orphans) == (8, ((7, T + 7), (10, T + 10)))
 
 
+def test_rows_before_an_open_gap_that_were_lost_are_a_gap_of_their_own() -> None:
+    """The ledger tells of a jump whose row, and those before it, never arrived."""
+    made = LeftOff("binance", 1)
+    made.trades(0, trades([(BTC, 100)]))
+    made.gaps(gaps(BTC, (2, GAP_OPEN, 121, 130, T + 120, T + 131, 1), (1, GAP_OPEN, 105, 110, T + 104, T + 111, 1)))
+    resume = made.resumes()[BTC]
+    found = sorted((gap.first_id, gap.last_id, gap.gap_id, gap.start_time_us, gap.end_time_us) for gap in resume.gaps)
+    assert found == [
+        (101, 104, -1, T + 100, T + 104),
+        (105, 110, 1, T + 104, T + 111),
+        (111, 120, -1, T + 111, T + 120),
+        (121, 130, 2, T + 120, T + 131),
+    ]
+
+
 def test_open_gaps_go_on_and_those_that_ended_do_not() -> None:
     """The newest row of an id counts; a stretch without ids is the one nobody knows of."""
     made = LeftOff("binance", 1)

@@ -261,6 +261,17 @@ def test_a_notice_of_an_earlier_process_without_a_row_is_withdrawn() -> None:
     assert [row["gap_id"] for row in made.ledger()] == [8]
 
 
+def test_a_gap_beyond_the_newest_published_trade_is_not_found_again_after_a_restart() -> None:
+    """The venue had said where it was when the collector died. Two gaps of the same ids: what comes fills one, and the other is called lost."""
+    at_us = (T_MS + 100) * 1000
+    old = OpenGap(7, 101, 110, at_us, at_us + 10_000, EVIDENCE_RESTART)
+    made = Bench(resumes={"binance:BTC-USDT": Resume(100, at_us, gaps=(old,), newest_gap_id=7)})
+    made.round(trade(121))
+    assert [(gap.first_id, gap.last_id) for gap in made.gaps] == [(101, 110), (111, 120)]
+    made.pipeline.backfill(made.gaps[0], fetched(range(101, 121)), made.now, made.now)
+    assert [gap.missing for gap in made.gaps] == [[], []]
+
+
 def test_ids_that_start_anew_are_kept_and_told_as_a_restart() -> None:
     """The venue came back with ids from 1: rows pass, one entry with unknown ids says that nobody knows what the old numbering still had."""
     made = Bench()
