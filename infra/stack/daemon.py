@@ -27,7 +27,7 @@ from infra.settings import Settings, load_settings
 from infra.stack import datadir, launch, servers, state
 from infra.stack.child import BACKOFF_FIRST_S, BACKOFF_MOST_S, BACKOFF_RESET_S, Child
 from infra.stack.spec import ProcessSpec, kill_if_same, probe, start_ticks
-from infra.stack.watch import Asker, Hearing
+from infra.stack.watch import Answer, Asker, Hearing
 
 logger = logging.getLogger("infra.stack.daemon")
 
@@ -177,6 +177,8 @@ class Supervisor:
             child.status.state, child.status.detail = "ready", ""
             child.status.ready_s = round(time.monotonic() - child.started_at, 3)
             child.was_ready = True
+            if child.hearing is not None:  # or one that hangs before it is asked for the first time would have the time of a start
+                child.hearing.note(now, Answer(True))
             logger.info("%s is ready after %.2f s", child.name, child.status.ready_s)
             self._emit({"event": "ready", "name": child.name, "seconds": child.status.ready_s})
             return
