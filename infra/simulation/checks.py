@@ -245,8 +245,10 @@ def _ledger(world: World, symbol: str) -> list[str]:
     never = world.never_were.get(symbol.replace("-", ""), [])
     wanted = {*world.lost_ids(symbol).tolist(), *never} - set(forgotten["trade_id"].tolist())
     newest = max(world.truth(symbol)["trade_id"].tolist(), default=-1)
-    if world.numbering:  # of ids before the new numbering the venue cannot be asked: gaps then open are lost as they were
-        wanted, named = ({number for number in ids if number >= world.numbering} for ids in (wanted, named))
+    if world.numbering:
+        # of the old numbering the venue cannot be asked, and what the new one began with is one stretch without ids
+        begun = next((number for number in world.progress.ids(symbol).tolist() if number >= world.numbering), 0)
+        wanted, named = ({number for number in ids if number >= begun} for ids in (wanted, named))
     if unnamed := sorted(number for number in wanted - named if number < newest):
         found.append(f"ledger: {symbol} lacks {len(unnamed)} lost ids, first {unnamed[:3]}")
     if wrong := sorted(number for number in named - wanted if number < newest):

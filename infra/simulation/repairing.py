@@ -77,6 +77,9 @@ def _reconcile(world: World, key: str, ranges: list[tuple[int, int]]) -> int:
     page = {name: trades[name][order] for name in TRADE_DTYPES if name != "symbol_code"}
     by_id = np.argsort(trades["trade_id"], kind="stable")
     dense = dense_runs(trades["trade_id"][by_id], trades["exchange_time_us"][by_id])
+    # flat bars carry the last price on until the next trade: so far a job goes (``infra.repair_run``)
+    times = page["exchange_time_us"]
+    ranges = [(start, max(end, int(times[times >= end][0]) if (times >= end).any() else world.end_us)) for start, end in ranges]
     covered, missing = _told(world, key)
     evidence = Evidence(missing=missing, covered=covered, dense=dense, held_us=held_us)
     rebuilt = rebuild([page], names, world.end_us)
