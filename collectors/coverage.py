@@ -86,6 +86,8 @@ class Resume:
     lost_id: int = -1
     """The stretch of which nobody knew when the process ended; -1: none."""
     lost_since_us: int = 0
+    lost_ended: bool = False
+    """Its end was told in the trades, and its row was lost."""
     gaps: tuple[OpenGap, ...] = ()
     """Its open gaps with known ids; they are fetched further."""
     newest_gap_id: int = -1

@@ -92,9 +92,10 @@ class Ledger:
             self.coverage.watch(code, since_us=since_us, interval_id=resume.interval_id)
             self._watermark.resume(resume.watched_until_us)
             lost_us = resume.lost_since_us if resume.lost_id >= 0 else max(resume.exchange_time_us, resume.watched_until_us)
-            # under an id of its own: that the old stretch ended may have been told in the trades, and an id that ended does not open again
-            self._lose(np.array([code]), np.array([lost_us]), EVIDENCE_RESTART, self._next_gap_id())
-            if resume.lost_id >= 0:
+            # the same stretch goes on under its id; one whose end was told in the trades under another, as an id that ended does not open again
+            goes_on = resume.lost_id >= 0 and not resume.lost_ended
+            self._lose(np.array([code]), np.array([lost_us]), EVIDENCE_RESTART, resume.lost_id if goes_on else self._next_gap_id())
+            if resume.lost_ended:
                 self._withdraw(code, resume.lost_id, lost_us, EVIDENCE_RESTART)
         for old in resume.gaps:
             self._reopen(code, old, mono_us)

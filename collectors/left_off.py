@@ -43,6 +43,7 @@ class _Symbol:
     interval: tuple[int, int, int] = (-1, 0, 0)  # id, start, end
     newest_gap_id: int = -1  # of rows and notices of any state
     noticed: dict[int, int] = field(default_factory=dict)  # gaps told open in the trades and not ended there: their starts
+    ended: set[int] = field(default_factory=set)  # gaps whose end was told in the trades
     named: set[int] = field(default_factory=set)  # gaps the ledger has a row of
 
 
@@ -76,6 +77,7 @@ class LeftOff:
                 symbol.noticed[notice.gap_id] = notice.start_time_us
             else:
                 symbol.noticed.pop(notice.gap_id, None)
+                symbol.ended.add(notice.gap_id)
         if not frame.row_count:
             return
         codes, ids, times = frame.columns["symbol_code"], frame.columns["trade_id"], frame.columns["exchange_time_us"]
@@ -182,6 +184,7 @@ class LeftOff:
             interval_since_us=since_us,
             lost_id=lost.gap_id if lost else -1,
             lost_since_us=lost.start_time_us if lost else 0,
+            lost_ended=lost is not None and lost.gap_id in symbol.ended,
             newest_gap_id=symbol.newest_gap_id,
             orphans=orphans,
             gaps=tuple(sorted([*known, *self._untold(symbol), *_between(symbol, known)], key=lambda gap: gap.first_id)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -240,7 +241,7 @@ def test_a_restart_goes_on_with_the_interval_and_the_gaps_of_the_process_before(
 def test_no_gap_gets_an_id_that_an_earlier_process_gave() -> None:
     """The newest row of an id is valid: one that is given again would take back what the first was about. Our clock may have gone back."""
     at_us = (T_MS + 100) * 1000
-    resume = Resume(100, at_us, watched_until_us=at_us + 500, lost_id=70, lost_since_us=at_us - 900, newest_gap_id=90)
+    resume = Resume(100, at_us, watched_until_us=at_us + 500, lost_id=70, lost_since_us=at_us - 900, lost_ended=True, newest_gap_id=90)
     made = Bench(resumes={"binance:BTC-USDT": resume}, wall_us=80)
     made.round()
     again = made.ledger()[0]
@@ -251,6 +252,9 @@ def test_no_gap_gets_an_id_that_an_earlier_process_gave() -> None:
     later = Bench(resumes={"binance:BTC-USDT": resume}, wall_us=500)
     later.round()
     assert later.ledger()[0]["gap_id"] == 500
+    same = Bench(resumes={"binance:BTC-USDT": replace(resume, lost_ended=False)}, wall_us=500)
+    same.round()
+    assert [row["gap_id"] for row in same.ledger()] == [70]
 
 
 def test_a_notice_of_an_earlier_process_without_a_row_is_withdrawn() -> None:
