@@ -128,10 +128,6 @@ class LeftOff:
         if symbol.trade_id < 0:
             symbol.trade_id, symbol.time_us = trade_id, time_us
 
-    def without_trade(self, keys: Iterable[str]) -> set[str]:
-        """Of ``keys`` those whose newest trade is not known."""
-        return {key for key in keys if key not in self._symbols or self._symbols[key].trade_id < 0}
-
     def resumes(self, oldest_us: int = 0) -> dict[str, Resume]:
         """What to go on with, by instrument key. A symbol whose newest trade is older than ``oldest_us`` starts anew; its gaps go on."""
         return {

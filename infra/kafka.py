@@ -320,23 +320,3 @@ def committed_offsets(settings: KafkaSettings, group: str, topic_names: Iterable
         raise unreachable(settings, exc) from exc
     finally:
         consumer.close()
-
-
-def last_record(settings: KafkaSettings, topic_name: str, partition: int, consumer: Consumer | None = None) -> tuple[int, bytes] | None:
-    """(offset, value) of the newest record of a partition, None when it is empty. Raises UnreachableError."""
-    own = consumer or Consumer(consumer_config(settings, "last-record"))
-    full = TOPICS[topic_name].full_name(settings.topic_prefix)
-    try:
-        low, high = own.get_watermark_offsets(TopicPartition(full, partition), timeout=_TIMEOUT_S, cached=False)
-        if high <= low:
-            return None
-        own.assign([TopicPartition(full, partition, high - 1)])
-        message = own.poll(_TIMEOUT_S)
-        if message is None or message.error():
-            raise unreachable(settings, TimeoutError(f"no answer reading {full}[{partition}] at {high - 1}"))
-        return int(message.offset()), bytes(message.value())
-    except KafkaException as exc:
-        raise unreachable(settings, exc) from exc
-    finally:
-        if consumer is None:
-            own.close()

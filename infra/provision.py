@@ -6,10 +6,10 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 from infra.clickhouse.client import apply_schema
+from infra.database import connected
 from infra.kafka import ensure_topics
 from infra.registry_client import RegistryClient
 from infra.settings import PostgresSettings, Settings
-from infra.symbol_store import SymbolStore
 
 
 def provision(settings: Settings) -> None:
@@ -23,5 +23,5 @@ def provision(settings: Settings) -> None:
 
 
 async def _migrate(settings: PostgresSettings) -> None:
-    async with SymbolStore(settings):
-        pass  # opening it applies the migrations
+    async with connected(settings):
+        pass  # connecting applies the migrations

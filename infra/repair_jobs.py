@@ -6,20 +6,13 @@ differed, published and acknowledged. The same trigger makes one job, so a recor
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
-import asyncpg
-
-from infra.database import FAULTS, TIMEOUT_S, unreachable
-from infra.errors import MarketstreamError, UnreachableError
+from infra.database import Database
+from infra.errors import MarketstreamError
 from infra.settings import Settings
-from infra.symbol_store import migrate
 from schemas.seam import Clock
 
 REASONS: Final = ("gap_filled", "gap_unfillable", "too_late", "quarantine", "backfill", "replay", "request")
@@ -81,40 +74,12 @@ class Job:
         return f"{self.exchange}:{self.symbol}"
 
 
-class RepairJobs:
-    """One connection to the jobs of one stack. Used by one task at a time; every method raises UnreachableError when the server is gone.
-
-    After an UnreachableError call :meth:`open` again.
-    """
+class RepairJobs(Database):
+    """The jobs of one stack over one connection; see Database."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings.postgres
+        super().__init__(settings.postgres)
         self._prefix = settings.kafka.topic_prefix
-        self._connection: Any = None
-        self._changed = asyncio.Event()
-
-    async def __aenter__(self) -> Self:
-        await self.open()
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self.close()
-
-    async def open(self) -> None:
-        """Connect and bring the schema up to date."""
-        await self.close()
-        try:
-            self._connection = await asyncpg.connect(self._settings.dsn, timeout=TIMEOUT_S, command_timeout=TIMEOUT_S)
-            await migrate(self._connection)
-        except FAULTS as exc:
-            raise unreachable(self._settings, exc) from exc
-
-    async def close(self) -> None:
-        """Disconnect; fine when not connected."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(*FAULTS):
-                await connection.close(timeout=2.0)
 
     async def add(self, wanted: Sequence[Wanted]) -> list[int]:
         """Store jobs; their ids in order. A trigger that has a job widens it where it asks for more, and that is worked on again."""
@@ -128,10 +93,10 @@ class RepairJobs:
             RETURNING id
         """
         ids = []
-        async with self._transaction():
+        async with self.transaction():
             for one in wanted:
                 fields = (one.exchange, one.symbol, one.start_us, one.end_us, one.reason, one.trigger)
-                ids.append(int(await self._run("fetchval", sql, self._prefix, *fields)))
+                ids.append(int(await self.run("fetchval", sql, self._prefix, *fields)))
         return ids
 
     async def due(self, now_us: int, limit: int = 64) -> list[Job]:
@@ -141,12 +106,12 @@ class RepairJobs:
                 SELECT exchange, symbol FROM repairs WHERE topic_prefix = $1 AND state <> 'done' AND due_us <= $2 ORDER BY due_us, id LIMIT 1
             ) ORDER BY id LIMIT $3
         """
-        return [_job(row) for row in await self._run("fetch", sql, self._prefix, now_us, limit)]
+        return [_job(row) for row in await self.run("fetch", sql, self._prefix, now_us, limit)]
 
     async def next_due_us(self) -> int | None:
         """When the next job is due; None when there is none."""
         sql = "SELECT min(due_us) FROM repairs WHERE topic_prefix = $1 AND state <> 'done'"
-        found = await self._run("fetchval", sql, self._prefix)
+        found = await self.run("fetchval", sql, self._prefix)
         return None if found is None else int(found)
 
     async def save(
@@ -166,31 +131,31 @@ class RepairJobs:
             UPDATE repairs SET state = $2, due_us = $3, until_us = coalesce($4, until_us), checked = checked + $5, revised = revised + $6,
                 note = $7, attempts = CASE WHEN $8 THEN attempts + 1 ELSE 0 END, updated_at = now() WHERE id = ANY($1::bigint[])
         """
-        await self._run("execute", sql, list(ids), state, due_us, until_us, checked, revised, note, failed)
+        await self.run("execute", sql, list(ids), state, due_us, until_us, checked, revised, note, failed)
 
     async def get(self, job_id: int) -> Job | None:
         """One job of this stack."""
-        row = await self._run("fetchrow", f"SELECT {_COLUMNS} FROM repairs WHERE topic_prefix = $1 AND id = $2", self._prefix, job_id)
+        row = await self.run("fetchrow", f"SELECT {_COLUMNS} FROM repairs WHERE topic_prefix = $1 AND id = $2", self._prefix, job_id)
         return None if row is None else _job(row)
 
     async def newest(self, limit: int, *, state: str | None = None) -> list[Job]:
         """The newest jobs, newest first."""
         sql = f"SELECT {_COLUMNS} FROM repairs WHERE topic_prefix = $1 AND ($2::text IS NULL OR state = $2) ORDER BY id DESC LIMIT $3"
-        return [_job(row) for row in await self._run("fetch", sql, self._prefix, state, limit)]
+        return [_job(row) for row in await self.run("fetch", sql, self._prefix, state, limit)]
 
     async def count(self) -> dict[str, int]:
         """Jobs by state."""
-        rows = await self._run("fetch", "SELECT state, count(*) AS n FROM repairs WHERE topic_prefix = $1 GROUP BY state", self._prefix)
+        rows = await self.run("fetch", "SELECT state, count(*) AS n FROM repairs WHERE topic_prefix = $1 GROUP BY state", self._prefix)
         return {row["state"]: row["n"] for row in rows}
 
     async def forget_old(self) -> None:
         """Drop jobs that were done long ago."""
         sql = "DELETE FROM repairs WHERE topic_prefix = $1 AND state = 'done' AND updated_at < now() - make_interval(days => $2)"
-        await self._run("execute", sql, self._prefix, _KEEP_DAYS)
+        await self.run("execute", sql, self._prefix, _KEEP_DAYS)
 
     async def try_lead(self) -> bool:
         """Whether this connection is the one that works on the jobs of this stack; it stays so until it is closed."""
-        return bool(await self._run("fetchval", "SELECT pg_try_advisory_lock($1, hashtext($2))", _LOCK, self._prefix))
+        return bool(await self.run("fetchval", "SELECT pg_try_advisory_lock($1, hashtext($2))", _LOCK, self._prefix))
 
     async def is_led(self) -> bool:
         """Whether a process works on the jobs of this stack now."""
@@ -198,56 +163,15 @@ class RepairJobs:
             SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid = $1::bigint::oid
                 AND objid = (hashtext($2)::bigint & 4294967295)::oid AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))
         """
-        return bool(await self._run("fetchval", sql, _LOCK, self._prefix))
+        return bool(await self.run("fetchval", sql, _LOCK, self._prefix))
 
     async def listen(self) -> None:
         """Be told of new jobs, for :meth:`wait`."""
-        try:
-            await self._connection.add_listener(CHANNEL, self._notified)
-        except FAULTS as exc:
-            raise unreachable(self._settings, exc) from exc
-
-    async def wait(self, timeout_s: float) -> None:
-        """Until there is a new job or the time is up."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._changed.wait()
-        except TimeoutError:
-            return
-        finally:
-            self._changed.clear()
-
-    def wake(self) -> None:
-        """End a :meth:`wait`."""
-        self._changed.set()
-
-    async def run(self, method: str, sql: str, *arguments: object) -> Any:
-        """For the tables beside the jobs: ``fetchrow``, ``execute`` ... of the connection."""
-        return await self._run(method, sql, *arguments)
+        await self.listen_to(CHANNEL, self._notified)
 
     def _notified(self, _: object, __: object, ___: object, prefix: str) -> None:
         if prefix == self._prefix:
-            self._changed.set()
-
-    @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[None]:
-        if self._connection is None or self._connection.is_closed():
-            raise unreachable(self._settings, ConnectionError("not connected"))
-        try:
-            async with self._connection.transaction():
-                yield
-        except UnreachableError:
-            raise
-        except FAULTS as exc:
-            raise unreachable(self._settings, exc) from exc
-
-    async def _run(self, method: str, sql: str, *arguments: object) -> Any:
-        if self._connection is None or self._connection.is_closed():
-            raise unreachable(self._settings, ConnectionError("not connected"))
-        try:
-            return await getattr(self._connection, method)(sql, *arguments)
-        except FAULTS as exc:
-            raise unreachable(self._settings, exc) from exc
+            self.wake()
 
 
 async def wait_reconciled(jobs: RepairJobs, job_id: int, clock: Clock, tell: Callable[[Job], None]) -> Job:

@@ -21,32 +21,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
+
+from processors._prefetch import prefetch
 
 # Nothing here allocates, so arrays need no reference counts; with them each call of a helper costs two atomic operations an array.
 _inner = njit(_nrt=False)
 # A call passes every array of its arguments by value, some 200 words: small functions are inlined.
 _inline = njit(_nrt=False, forceinline=True)
-
-
-@intrinsic
-def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
-    """Ask for the cache line of word ``index`` of a contiguous array of 8-byte words; does not wait for it."""
-    del typing_context
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        view = context.make_array(signature.args[0])(context, builder, arguments[0])
-        address = builder.bitcast(builder.gep(view.data, [arguments[1]]), ir.IntType(8).as_pointer())
-        word = ir.IntType(32)
-        function = builder.module.declare_intrinsic(
-            "llvm.prefetch", [address.type], ir.FunctionType(ir.VoidType(), [address.type, word, word, word])
-        )
-        builder.call(function, [address, word(1), word(3), word(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
 
 
 MAX64 = np.int64(2**62)
@@ -548,18 +530,18 @@ def _prefetch_to_close(st, members, at):  # type: ignore[no-untyped-def]
         s = members[at + 2 * AHEAD]
         width = st.slot_i.shape[1]
         for word in range(0, width, 8):
-            _prefetch(st.slot_i, s * width + word)
+            prefetch(st.slot_i, s * width + word)
         for word in range(0, HOT_WORDS, 8):
-            _prefetch(st.hot_i, s * HOT_WORDS + word)
-        _prefetch(st.slot_f, s * st.slot_f.shape[1])
+            prefetch(st.hot_i, s * HOT_WORDS + word)
+        prefetch(st.slot_f, s * st.slot_f.shape[1])
         above = (s * st.par[P_ROWS] + 1) * BAR_WORDS
         for word in range(0, BAR_WORDS, 8):
-            _prefetch(st.bar_i, above + word)
+            prefetch(st.bar_i, above + word)
     if at + AHEAD < members.shape[0]:
         s = members[at + AHEAD]
         entry = _ring_row(st, s, 0, st.hot_i[s, OPEN]) * BAR_WORDS
         for word in range(0, BAR_WORDS, 8):
-            _prefetch(st.bar_i, entry + word)
+            prefetch(st.bar_i, entry + word)
 
 
 @_inline
@@ -892,9 +874,9 @@ def _rows(st, out, rows, code_map, ctl):  # type: ignore[no-untyped-def]
             c = rows.code[i + AHEAD]
             if 0 <= c < symbols and code_map[c] >= 0:
                 word = (code_map[c] & SLOT_MASK) * HOT_WORDS
-                _prefetch(hot, word)
-                _prefetch(hot, word + 8)
-                _prefetch(hot, word + 16)
+                prefetch(hot, word)
+                prefetch(hot, word + 8)
+                prefetch(hot, word + 16)
         c = rows.code[i]
         price, size, t, tid, receive = rows.price[i], rows.size[i], rows.time[i], rows.trade_id[i], rows.receive[i]
         if not (

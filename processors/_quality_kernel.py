@@ -10,33 +10,15 @@ All compiled functions stand in this one file: numba looks only at this file's t
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
+
+from processors._prefetch import prefetch
 
 _inner = njit(_nrt=False)
 _inline = njit(_nrt=False, forceinline=True)
 
 AHEAD = 12
 """Rows whose state is fetched ahead, as in the bar kernel: with thousands of symbols it is not in the first cache."""
-
-
-@intrinsic
-def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
-    """Ask for the cache line of word ``index`` of a contiguous array of 8-byte words; does not wait for it."""
-    del typing_context
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        view = context.make_array(signature.args[0])(context, builder, arguments[0])
-        address = builder.bitcast(builder.gep(view.data, [arguments[1]]), ir.IntType(8).as_pointer())
-        word = ir.IntType(32)
-        function = builder.module.declare_intrinsic(
-            "llvm.prefetch", [address.type], ir.FunctionType(ir.VoidType(), [address.type, word, word, word])
-        )
-        builder.call(function, [address, word(1), word(3), word(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
 
 
 # Line 0, what a usual trade needs: band (empty where each trade must be judged), last price, typical move, typical size, time and id of the
@@ -337,7 +319,7 @@ def check_rows(qf, qi, rows, slots, limits, par, events, bands):  # type: ignore
         if i + AHEAD < total:
             code = rows.code[i + AHEAD]
             if 0 <= code < symbols and slots[code] >= 0:
-                _prefetch(qi, slots[code] * SLOT_WORDS)
+                prefetch(qi, slots[code] * SLOT_WORDS)
         code = rows.code[i]
         if code < 0 or code >= symbols or slots[code] < 0:
             continue

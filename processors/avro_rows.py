@@ -16,7 +16,6 @@ LONG: Final = 0
 DOUBLE: Final = 1
 BOOLEAN: Final = 2
 _LONG_BYTES: Final = 10
-_DOUBLE_BYTES: Final = 8
 
 Array = npt.NDArray[Any]
 

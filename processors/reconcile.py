@@ -20,20 +20,8 @@ from schemas.timeframes import MAX_TIME_US, US_PER_SECOND
 Array = npt.NDArray[Any]
 Columns = dict[str, Array]
 
-VALUES: Final = (
-    "close_time_us",
-    "open",
-    "high",
-    "low",
-    "close",
-    "volume",
-    "quote_volume",
-    "buy_volume",
-    "trade_count",
-    "vwap",
-    "first_trade_id",
-    "last_trade_id",
-)
+_NO_VALUES: Final = ("symbol_code", "timeframe_s", "open_time_us", "revision", "is_final", "complete", "last_receive_time_us")
+VALUES: Final = tuple(name for name in door.BAR_COLUMNS if name not in _NO_VALUES)
 """Columns that follow from the trades alone. ``last_receive_time_us`` is no value: trades that were fetched have another one."""
 STORED: Final = ("timeframe_s", "open_time_us", *VALUES, "revision", "complete", "held_count")
 """Columns of stored bars that are compared."""

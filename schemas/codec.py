@@ -33,7 +33,6 @@ _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "int8-le": np.dtype("i1"),
 }
 _MAX_DICTIONARIES: Final = 256
-_HEAD_FIELDS: Final = ("source", "watermark_us", "input_offset", "flags", "row_count", "symbols")
 
 # What fastavro lets escape on hostile bytes, found by fuzzing it (tests/schemas/test_codec.py).
 _AVRO_FAULTS: Final = (

@@ -15,7 +15,7 @@ from typing import Any
 
 from api.stream import RAW_WRITER
 from infra.simulation.components import Outside
-from infra.simulation.loop import Process, SimClock, VirtualLoop
+from infra.simulation.loop import SimClock, VirtualLoop
 
 Series = tuple[str, str, str, str]
 """(channel, exchange, symbol, timeframe or empty)."""
@@ -115,7 +115,6 @@ class Received:
     rows: list[tuple[int, int]] = field(default_factory=list)
     """(key, revision): trade ids, or open times of final bars."""
     cursor: str | None = None
-    offset_rows: int = 0
     resets: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     snapshots: int = 0
@@ -201,11 +200,3 @@ class Subscriber:
                 self.received[series].errors.append(f"{body['code']}: {body['detail']}")
         if self.wire is not None:
             self.wire.cut()
-
-
-def subscriber_process(outside: Outside, wanted: list[Series]) -> tuple[Process, Subscriber]:
-    """A running subscriber in a process of its own."""
-    process = Process("client")
-    subscriber = Subscriber(outside, wanted)
-    outside.loop.spawn(process, subscriber.run())
-    return process, subscriber
