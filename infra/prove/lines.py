@@ -134,9 +134,22 @@ LINES: Final[tuple[Line, ...]] = (
     ),
     Line(
         name="soak",
-        claim="1e9 accelerated trades through worker and sink: memory grows by less than 1 MB per 1e8, nothing waits at the end.",
+        claim="1e9 accelerated trades through worker and sink, in one process and through the real stack: memory grows by less than 1 MB per "
+        "1e8, nothing waits at the end.",
         steps=(
-            Step(name="soak", argv=("-m", "infra.prove.soak"), short_argv=("--trades", "4000000"), full_argv=("--trades", "1000000000")),
+            Step(
+                name="in one process",
+                argv=("-m", "infra.prove.soak"),
+                short_argv=("--trades", "4000000"),
+                full_argv=("--trades", "1000000000"),
+            ),
+            Step(
+                name="through Kafka and ClickHouse",
+                argv=("-m", "tests.performance.soak_stack"),
+                short_argv=("--trades", "4000000"),
+                full_argv=("--trades", "1000000000"),
+                timeout_s=4 * 3_600.0,
+            ),
         ),
     ),
     Line(

@@ -221,7 +221,7 @@ def soak(trades: int, *, told: Callable[[str], None]) -> dict[str, Any]:
         "bars": chain.store.rows.get("bars", 0),
         "ids_out_of_order": chain.store.wrong_ids,
         "dead_letters": chain.dead_letters,
-        "lag": chain.offset - 1 - chain.shard.applied_offset,
+        "waiting": chain.offset - 1 - chain.shard.applied_offset,
         "snapshots": chain.snapshots,
         "snapshot_bytes": chain.snapshot_bytes,
         "rss_mb": points[-1][1] / 1e6 if points else 0.0,
@@ -235,8 +235,10 @@ def problems(figures: dict[str, Any]) -> list[str]:
     found = []
     if figures["stored"] != figures["trades"] or figures["ids_out_of_order"]:
         found.append(f"{figures['stored']:,} of {figures['trades']:,} trades were stored, {figures['ids_out_of_order']:,} ids out of order")
-    if figures["lag"]:
-        found.append(f"{figures['lag']:,} records wait")
+    if figures["waiting"]:
+        found.append(f"{figures['waiting']:,} records were not applied")
+    if figures["dead_letters"]:
+        found.append(f"{figures['dead_letters']:,} dead letters")
     if figures.get("slope_mb_per_1e8", 0.0) >= SLOPE_LIMIT_MB:
         found.append(f"memory grows by {figures['slope_mb_per_1e8']:.2f} MB per 1e8 trades")
     return found

@@ -55,7 +55,7 @@ def recorded(seconds: float = SECONDS) -> dict[str, Any]:
     """(a): figures of one run."""
     watched = [f"S{code:04d}-USDT" for code in range(WATCHED)]
     with box("none") as here:
-        _register(here, [f"S{code:04d}-USDT" for code in range(SYMBOLS)])
+        register(here, [f"S{code:04d}-USDT" for code in range(SYMBOLS)])
         argv = ["tests.performance.feeder", "--seconds", str(seconds), "--symbols", str(SYMBOLS)]
         with side(here, "client", _client(here, watched)) as client:
             client.wait_said("live", 60)
@@ -64,7 +64,7 @@ def recorded(seconds: float = SECONDS) -> dict[str, Any]:
                 with Meter(lambda: pids_of(here, client, feeder)) as meter:
                     said = feeder.finish(seconds + 180)
                 lags = [line for line in feeder.lines() if line["event"] == "lag"]
-            drained_s = _drain(here)
+            drained_s = drain(here)
             seen = _finish(client)
         # what still waited at the end is part of the work: the time until it was stored counts
         return _figures(here, said["trades"], said["seconds"] + drained_s, lags, drained_s, meter, seen, said["truth"])
@@ -91,7 +91,7 @@ def sockets(seconds: float = SECONDS, rate: float = SOCKET_RATE) -> dict[str, An
             httpx.post(f"{url}/sim/rate", json={"rate": 0, "market": "spot"}).raise_for_status()
             lag.close()
             time.sleep(2.0)
-            drained_s = _drain(here)
+            drained_s = drain(here)
             truth = _truth(here, url)
             seen = _finish(client)
         figures = _figures(here, made, took_s, lags, drained_s, meter, seen, truth)
@@ -99,7 +99,7 @@ def sockets(seconds: float = SECONDS, rate: float = SOCKET_RATE) -> dict[str, An
         return figures
 
 
-def _register(here: Box, symbols: list[str]) -> None:
+def register(here: Box, symbols: list[str]) -> None:
     """Put the symbols into PostgreSQL, where the API looks for the instruments it knows."""
     import asyncio
 
@@ -132,7 +132,7 @@ def _truth(here: Box, url: str) -> dict[str, list[int]]:
     return {symbol: [first, last[symbol.replace("-", "")]] for symbol, (_, _, first, _) in stored_ids(here.settings).items()}
 
 
-def _drain(here: Box) -> float:
+def drain(here: Box) -> float:
     """Seconds until nothing was left to do."""
     lag, began = Lag(here.settings), time.monotonic()
     lag.wait_none(DRAIN_S)

@@ -119,8 +119,8 @@ def say(**line: Any) -> None:
     sys.stdout.flush()
 
 
-async def feed(seconds: float, pool: Pool, max_behind: int) -> dict[str, Any]:
-    """Publish for ``seconds``; what was published."""
+async def feed(seconds: float, pool: Pool, max_behind: int, trades: int = sys.maxsize) -> dict[str, Any]:
+    """Publish for ``seconds``, or until ``trades`` were; what was published."""
     settings = load_settings()
     with RegistryClient.from_settings(settings) as registry:
         producer = FrameProducer(settings.kafka, registry)
@@ -132,7 +132,7 @@ async def feed(seconds: float, pool: Pool, max_behind: int) -> dict[str, Any]:
         waited_s = 0.0
         previous_us = time.monotonic_ns() // 1000
         last_frame: dict[int, Frame] = {}
-        while (now := time.monotonic()) < began + seconds:
+        while (now := time.monotonic()) < began + seconds and sent < trades:
             if now - told >= 1.0:
                 told = now
                 say(event="lag", seconds=round(now - began, 2), trades=sent, behind=sent - brake.done, **brake.records)
@@ -171,6 +171,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--trades", type=int, default=sys.maxsize)
     parser.add_argument("--symbols", type=int, default=1000)
     parser.add_argument("--span-s", type=int, default=20)
     parser.add_argument("--max-behind", type=int, default=500_000)
@@ -178,7 +179,7 @@ def main() -> None:
     pool = make_pool(arguments.symbols, span_s=arguments.span_s)
     say(event="ready", messages=len(pool.messages), message_bytes=sum(map(len, pool.messages)) / len(pool.messages))
     sys.stdin.close()
-    say(**asyncio.run(feed(arguments.seconds, pool, arguments.max_behind)))
+    say(**asyncio.run(feed(arguments.seconds, pool, arguments.max_behind, arguments.trades)))
 
 
 if __name__ == "__main__":

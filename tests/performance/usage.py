@@ -84,6 +84,8 @@ class Meter:
         self._first: dict[str, Usage] = {}
         self._last: dict[str, Usage] = {}
         self._most_mb: dict[str, float] = {}
+        self.looks: dict[str, list[tuple[float, float]]] = {}
+        """By process: (seconds since the beginning, resident MB) of each look."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._began = 0.0
@@ -120,5 +122,7 @@ class Meter:
 
     def _look(self) -> None:
         self._last |= usages(self._pids())
+        seconds = time.monotonic() - self._began
         for name, usage in self._last.items():
             self._most_mb[name] = max(self._most_mb.get(name, 0.0), usage.rss_mb)
+            self.looks.setdefault(name, []).append((seconds, usage.rss_mb))
