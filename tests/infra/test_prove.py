@@ -159,18 +159,19 @@ def test_a_short_soak_stores_every_trade_in_order() -> None:
     """Block by block, ids and times moved on; nothing waits, nothing is dead-lettered."""
     figures = soak.soak(1_100_000, told=lambda _: None)
     assert soak.problems(figures) == []
-    assert (figures["stored"], figures["lag"], figures["dead_letters"]) == (1_100_000, 0, 0)
+    assert (figures["stored"], figures["waiting"], figures["dead_letters"]) == (1_100_000, 0, 0)
     assert "slope_mb_per_1e8" not in figures
 
 
 def test_what_a_soak_must_not_be_is_told() -> None:
     """Lost or doubled trades, records that wait, memory that grows."""
-    good = {"trades": 10, "stored": 10, "ids_out_of_order": 0, "lag": 0, "slope_mb_per_1e8": 0.4}
+    good = {"trades": 10, "stored": 10, "ids_out_of_order": 0, "waiting": 0, "dead_letters": 0, "slope_mb_per_1e8": 0.4}
     assert soak.problems(good) == []
     for name, value, says in (
         ("stored", 9, "9 of 10"),
         ("ids_out_of_order", 1, "out of order"),
-        ("lag", 2, "2 records"),
+        ("waiting", 2, "2 records"),
+        ("dead_letters", 3, "3 dead letters"),
         ("slope_mb_per_1e8", 1.5, "1.50 MB"),
     ):
         assert says in soak.problems({**good, name: value})[0]
