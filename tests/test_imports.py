@@ -31,15 +31,20 @@ UNSEAMED = {
 """Where a raw clock, sleep, random number or the environment is met outside the seam, each with its reason; folders end with a slash."""
 # Reading a clock, drawing a number or sleeping anywhere but through `schemas.seam.Clock` cannot be replayed or simulated.
 FORBIDDEN_CALLS = {
-    "time": {"time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "sleep"},
+    "time": {
+        *("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "sleep"),
+        *("process_time", "process_time_ns", "thread_time", "thread_time_ns", "clock_gettime", "clock_gettime_ns", "localtime", "gmtime"),
+    },
     "random": {"*"},
     "asyncio": {"sleep"},
     "datetime": {"now", "utcnow", "today"},
     "date": {"today"},
-    "os": {"urandom", "environ", "getenv"},
-    "uuid": {"uuid1", "uuid4"},
+    "os": {"urandom", "getrandom", "environ", "getenv"},
+    "uuid": {"uuid1", "uuid4", "uuid6", "uuid7"},
     "secrets": {"*"},
 }
+NUMPY_RANDOM = ("np.random.", "numpy.random.")
+SEEDED = {"Random", "Generator", "default_rng", "PCG64", "SFC64", "Philox", "MT19937", "SeedSequence"}
 ALLOWED_FROM_RANDOM = {"Random"}  # a type, seeded by whoever owns the seam
 
 
@@ -94,6 +99,15 @@ def seam_breaks(tree: ast.Module) -> list[tuple[int, str]]:
         forbidden = FORBIDDEN_CALLS.get(module, set())
         if node.attr in forbidden or ("*" in forbidden and node.attr not in ALLOWED_FROM_RANDOM):
             found.append((node.lineno, f"{base}.{node.attr}"))
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        # numpy's one global generator, and any generator that is given no seed and so takes one from the system
+        if called.startswith(NUMPY_RANDOM) and called.count(".") == 2 and called.rpartition(".")[2] not in SEEDED:
+            found.append((node.lineno, called))
+        elif called.rpartition(".")[2] in SEEDED and not node.args and not node.keywords:
+            found.append((node.lineno, f"{called}()"))
     return found
 
 
@@ -171,6 +185,13 @@ def test_every_module_says_what_it_is(package: str) -> None:
         ("async def f(clock): clock.random.random(); await clock.sleep(1); clock.now_us()", []),
         ("import os\nos.environ['A']", ["os.environ"]),
         ("from datetime import datetime\ndatetime.fromtimestamp(0)", []),
+        ("import os\nos.getrandom(8)", ["os.getrandom"]),
+        ("import time\ntime.clock_gettime(0)", ["time.clock_gettime"]),
+        ("import numpy as np\nnp.random.shuffle(a)", ["np.random.shuffle"]),
+        ("import numpy as np\nnp.random.default_rng()", ["np.random.default_rng()"]),
+        ("import numpy as np\nnp.random.Generator(np.random.PCG64(seed))", []),
+        ("from random import Random\nRandom()", ["Random()"]),
+        ("from random import Random\nRandom(7)", []),
     ],
 )
 def test_seam_check_finds_what_it_should(source: str, expected: list[str]) -> None:

@@ -129,7 +129,9 @@ LINES: Final[tuple[Line, ...]] = (
         name="bugs",
         claim="30 planted bugs are each caught within 1,000 seeds.",
         steps=(
-            Step(name="planted bugs", argv=("-m", "infra.simulation.planted"), short_argv=("--seeds", "50"), full_argv=("--seeds", "1000")),
+            Step(
+                name="planted bugs", argv=("-m", "infra.simulation.planted"), short_argv=("--seeds", "100"), full_argv=("--seeds", "1000")
+            ),
         ),
     ),
     Line(

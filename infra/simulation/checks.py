@@ -339,7 +339,7 @@ def table_hashes(world: World) -> dict[str, str]:
         for timeframe in world.scenario.tuning.timeframes:
             bars = newest_bars(world, symbol, timeframe)
             closed = bars["close_time_us"] <= world.end_us
-            for name in _BAR:
+            for name in (*_BAR, "complete", "held_count"):  # revisions tell how often a bar was made anew, which a disturbance may change
                 digest.update(name.encode() + np.ascontiguousarray(bars[name][closed]).tobytes())
     found["bars"] = digest.hexdigest()
     return found

@@ -20,13 +20,15 @@ KNOWN: dict[str, tuple[int, ...]] = {
     "gap-unnoticed": (7,),
     "lost-flush": (8,),
     "acknowledged-before-synced": (16,),
-    "snapshot-before-acknowledged": (101,),
-    "manifest-before-chunks": (14,),
     "late-trade-dropped": (11,),
     "sum-order": (11,),
     "revision-not-raised": (11,),
     "commit-before-insert": (11,),
-    "in-doubt-ignored": (12,),
+    "snapshot-before-acknowledged": (63,),
+    "manifest-before-chunks": (12,),
+    "in-doubt-ignored": (33,),
+    "replay-log-short": (57,),
+    "revision-taken-for-duplicate": (9,),
 }
 """Bug -> seeds that found it when this was written; of the others the first ones do."""
 PACKAGES = ("api", "collectors", "infra", "processors", "schemas", "streams")
