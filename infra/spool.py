@@ -13,6 +13,7 @@ checksum at :meth:`Spool.open` and cut off together with all that follows: those
 
 from __future__ import annotations
 
+import logging
 import struct
 import zlib
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from infra.errors import DataDirBrokenError, DiskFullError
+
+logger = logging.getLogger(__name__)
 
 _FRAME: Final = struct.Struct("<II")
 _FIELDS: Final = struct.Struct("<qiHi")
@@ -156,6 +159,7 @@ class Spool:
         self._unsynced: int | None = None  # start of the segment that holds bytes not synced
         self._saved = 0
         self.acked = 0
+        self._unnoted = False  # the disk refused to take the position
         """Everything before it is acknowledged."""
         self.tail = 0
         """Position of the next record."""
@@ -247,11 +251,18 @@ class Spool:
     def acknowledge(self, position: int) -> None:
         """Everything before ``position`` is acknowledged: note it and delete the segments that are done with."""
         self.acked = max(self.acked, min(position, self.tail))
-        if self.acked != self._saved:
+        self._forget_acknowledged()  # first: on a full disk it makes the room that noting the position takes
+        if self.acked == self._saved:
+            return
+        try:
             # not synced: an older position after power loss sends a few records twice, which everybody behind drops by id
             self._files.replace(_ACKED_NAME, _ACKED.pack(self.acked, zlib.crc32(_ACKED.pack(self.acked, 0))))
-            self._saved = self.acked
-        self._forget_acknowledged()
+        except OSError as exc:  # the same: an older position
+            if not self._unnoted:
+                logger.warning("The spool's position cannot be noted (%s); free some space where it lies.", exc.strerror)
+            self._unnoted = True
+        else:
+            self._saved, self._unnoted = self.acked, False
 
     def sync(self) -> None:
         """Make everything appended before this call survive power loss."""

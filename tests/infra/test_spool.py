@@ -505,3 +505,40 @@ async def test_a_small_queue_of_the_producer_is_waited_for() -> None:
     await sink.drained()
     running.cancel()
     assert broker.numbers(0) == list(range(0, 400, 2))
+
+
+class FullDisk(Disk):
+    """Others took the rest of the disk: no file can be written anew, segments can be deleted."""
+
+    is_full = False
+
+    def replace(self, name: str, data: bytes) -> None:
+        """See Files."""
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().replace(name, data)
+
+    def free_bytes(self) -> int:
+        """See Files."""
+        return 0 if self.is_full else 1 << 40
+
+
+async def test_a_spool_on_a_full_disk_is_sent_and_makes_the_room_itself() -> None:
+    """Its position cannot be noted, its segments can be deleted; a process that starts then sends nothing for ever anew."""
+    broker, disk, clock = Broker(), FullDisk(), Time()
+    sink = sink_over(broker, disk, clock, min_free_bytes=10)
+    running = asyncio.create_task(sink.run())
+    broker.away = True
+    await feed(sink, clock, 0, 600)
+    assert sink.spool_bytes > 10_000
+    disk.is_full, broker.away = True, False
+    for _ in range(20_000):
+        if running.done() or disk.used() < 100:
+            break
+        await clock.sleep(0.01)
+    assert not running.done()
+    assert sink.spool_bytes == 0
+    assert set(disk.files) <= {"acked"}
+    await sink.close(1.0)
+    running.cancel()
+    assert sorted(number for _, number in broker.log) == list(range(600))
