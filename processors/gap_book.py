@@ -20,6 +20,9 @@ Array = npt.NDArray[Any]
 MAX_INTERVALS: Final = 64
 """Intervals remembered per symbol; beyond it the two oldest become one that spans both: rather a bar too many marked than one too few."""
 
+FOLDED: Final = -1
+"""Id of an interval that several became."""
+
 MAX_SOURCES: Final = 8
 """Sources per symbol whose newest ended gap is remembered; the one that ended a gap longest ago is forgotten first."""
 
@@ -151,7 +154,17 @@ class GapBook:
         ]
         held.append(interval)
         if len(held) > MAX_INTERVALS:
-            first, second = held[0], held[1]
-            ends = [MAX_TIME_US - 1 if each.end_us < each.start_us else each.end_us for each in (first, second)]
-            held[:2] = [Interval(second.gap_id, min(first.start_us, second.start_us), max(ends), second.source)]
+            _fold(held)
         self._held[key] = held
+
+
+def _fold(held: list[Interval]) -> None:
+    """Make the two oldest intervals that have an end one, which no notice ends: one of the two may be open when the other is filled.
+
+    Bars it touches stay incomplete until it is too old to matter; the repair makes them anew from the ledger, which has both.
+    """
+    ended = [place for place, each in enumerate(held) if each.start_us <= each.end_us]
+    place, other = ended[:2] if len(ended) > 1 else (0, 1)
+    first, second = held[place], held.pop(other)
+    ends = [MAX_TIME_US - 1 if each.end_us < each.start_us else each.end_us for each in (first, second)]
+    held[place] = Interval(FOLDED, min(first.start_us, second.start_us), max(ends), second.source)

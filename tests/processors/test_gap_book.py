@@ -142,3 +142,22 @@ def test_state_goes_there_and_back() -> None:
     for state in ([["k", []]], [["k", [[1, 2]]]], [[1, [[1, 2, 3, "s"]]]], [["k", [], []]], [["k", [], [["s"]]]]):
         with pytest.raises(ValueError, match="contradict|unpack"):
             GapBook.from_state(100 * S, state)
+
+
+def test_an_open_gap_is_not_forgotten_when_the_one_it_was_folded_with_is_filled() -> None:
+    """Beyond the limit the two oldest are one; nothing but time ends that."""
+    book = GapBook(10**12)
+    second = 1_000_000
+    for number in range(MAX_INTERVALS + 1):
+        start = number * 100 * second
+        opened = GapNotice(0, 1_000 + number, start, start + second, GAP_OPEN)
+        book.apply(Frame(source="s", watermark_us=0, symbols=("k",), columns={}, gaps=(opened,)))
+    notice = GapNotice(0, 1_001, 100 * second, 101 * second, GAP_FILLED)
+    book.apply(Frame(source="s", watermark_us=0, symbols=("k",), columns={}, gaps=(notice,)))
+    bars = {
+        "symbol_code": np.array([0]),
+        "open_time_us": np.array([0]),
+        "close_time_us": np.array([60 * second]),
+        "complete": np.ones(1, np.int8),
+    }
+    assert book.complete(("k",), bars).tolist() == [0]
