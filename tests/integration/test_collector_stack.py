@@ -127,7 +127,7 @@ async def test_symbols_of_the_table_reach_kafka_and_sigterm_loses_nothing(stack:
     async with exchange() as running:
         settings = settings_for(stack, topic_prefix, running)
         async with SymbolStore(settings.postgres) as store:
-            await store._run("execute", "DELETE FROM symbols WHERE exchange = 'binance'")
+            await store.run("execute", "DELETE FROM symbols WHERE exchange = 'binance'")
         await asyncio.to_thread(provision, settings)
         with collector(settings) as process:
             await eventually(lambda: ask(settings, "/readyz")[0] == 200)
@@ -157,7 +157,7 @@ async def test_a_symbol_switched_off_and_on_is_followed_within_five_seconds(stac
         settings = settings_for(stack, topic_prefix, running)
         await asyncio.to_thread(provision, settings)
         async with SymbolStore(settings.postgres) as store:
-            await store._run("execute", "DELETE FROM symbols WHERE exchange = 'binance'")
+            await store.run("execute", "DELETE FROM symbols WHERE exchange = 'binance'")
             await store.put("binance", "BTC-USDT")
             await store.put("binance", "NOSUCH-USDT")
             with collector(settings):

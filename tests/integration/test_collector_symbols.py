@@ -19,7 +19,7 @@ from tests.integration.conftest import RunningStack
 async def store(stack: RunningStack) -> AsyncIterator[SymbolStore]:
     """A store on an empty table."""
     async with SymbolStore(stack.settings.postgres) as opened:
-        await opened._run("execute", "DELETE FROM symbols")
+        await opened.run("execute", "DELETE FROM symbols")
         opened._changed.clear()
         yield opened
 
