@@ -65,8 +65,8 @@ def _tail(settings: KafkaSettings, registry: RegistryClient, topic_name: str) ->
             while position < high:
                 messages = consumer.consume(min(500, high - position), timeout=_TIMEOUT_S)  # more than there are would wait
                 if not messages:
-                    logger.warning("The tail of %s[%d] cannot be read; its symbols start without a past.", full_name, partition)
-                    break
+                    # going on without it would leave the open gaps that it tells of open for ever
+                    raise unreachable(settings, TimeoutError(f"{full_name}[{partition}] gives no record at {position} of {high}"))
                 for message in messages:
                     if message.error():
                         raise KafkaException(message.error())
