@@ -111,7 +111,9 @@ class Coverage:
         self._outage_since = np.empty(0, np.int64)
         self._outage_evidence = np.empty(0, np.int64)
         self._watched = np.empty(0, np.bool_)
+        self._still = np.empty(0, np.bool_)  # code -> silent beyond its law: its interval grows by what the venue answers only
         self._unbegun = 0  # watched symbols without an interval
+        self._stills = 0
         self._ticked_us: int | None = None
         self.outages = 0
         """Symbols that are lost now."""
@@ -122,14 +124,30 @@ class Coverage:
         for name in ("_since", "_until", "_written", "_interval", "_outage", "_outage_since", "_outage_evidence"):
             setattr(self, name, grown(getattr(self, name), size, -1))
         self._watched = grown(self._watched, size, False)
+        self._still = grown(self._still, size, False)
         self._since[code] = self._until[code] = self._written[code] = since_us
         self._interval[code] = interval_id
         self._watched[code] = True
         self._unbegun = self._count_unbegun()
 
+    def doubt(self, codes: Array) -> None:
+        """These symbols are silent beyond their law: that others trade says nothing of them any more, until :meth:`heard`."""
+        self._still[codes] = True
+        self._stills = int(np.count_nonzero(self._still))
+
+    def heard(self, codes: Array) -> None:
+        """Rows of these symbols came. ``codes``: of each row."""
+        if self._stills:
+            self._still[codes] = False
+            self._stills = int(np.count_nonzero(self._still))
+
+    def reach(self, codes: Array, until_us: int) -> None:
+        """The venue's answer: nothing was missed of these symbols until then."""
+        self._until[codes] = np.maximum(self._until[codes], until_us)
+
     def forget(self, code: int) -> None:
         """The symbol is no longer collected; :meth:`grow` it before."""
-        self._watched[code] = False
+        self._watched[code] = self._still[code] = False
         self._since[code] = -1
         self._unbegun = self._count_unbegun()
         if self._outage[code] >= 0:
@@ -148,9 +166,9 @@ class Coverage:
 
     def began_quietly(self, watermark_us: int) -> None:
         """The feed is live: symbols that have not traded yet are covered from here on."""
-        fresh = self._watched & (self._since < 0)
+        fresh = self._watched & (self._since < 0) & ~self._still
         self._since[fresh] = self._until[fresh] = self._written[fresh] = watermark_us
-        self._unbegun = 0
+        self._unbegun = self._count_unbegun()
 
     def _count_unbegun(self) -> int:
         return int(np.count_nonzero(self._watched & (self._since < 0)))
@@ -238,7 +256,7 @@ class Coverage:
         """
         codes = codes[self._since[codes] >= 0]
         if watermark_us is not None:
-            sound = codes[self._outage[codes] < 0]
+            sound = codes[(self._outage[codes] < 0) & ~self._still[codes]]
             self._until[sound] = np.maximum(self._until[sound], watermark_us)
         codes = codes[self._until[codes] > self._written[codes]]
         unnamed = codes[self._interval[codes] < 0]

@@ -4,7 +4,8 @@ Comes in: codes, trade ids and exchange times of a batch in the order of arrival
 of rows to keep, and the intervals of ids that are missing.
 
 What a jump of ids means is the venue's to say (:class:`IdPromise`). Ids that start anew (test networks are reset, venues restart) are no
-duplicates: the rows are kept, what was open in the old numbering is given up, and a gap of evidence ``restart`` says so. The ids of the new
+duplicates: the rows are kept, what was open in the old numbering is given up, and a gap of evidence ``restart`` says so. The same for ids that
+jump further than a symbol can have traded meanwhile. The ids of the new
 numbering are published with ``NUMBERING`` added, so that no trade of it is ever taken for one of the old: everything behind the collector
 knows trades by their ids alone.
 """
@@ -34,6 +35,11 @@ RESET_AFTER_BREAK_US: Final = 1_000_000
 NUMBERING: Final = 1 << 48
 """Added to a symbol's ids each time its venue starts them anew. Venues' own ids lie below (Binance: 5e9 in eight years); 31 numberings lie
 below 2**53, up to which JSON readers take numbers exactly."""
+PLAUSIBLE_IDS: Final = 1_000_000
+"""A jump of ids up to this is a loss, however soon it comes: a thousand requests, and an hour of the busiest symbol."""
+PLAUSIBLE_IDS_A_SECOND: Final = 500
+"""Beyond it, what a symbol may trade while nobody listened (recorded peaks: 1,649 trades in a second, but 60 a second over minutes). A larger
+jump is another numbering, e.g. that of another venue under the same name: its ids are not missing, and nobody asks for billions of them."""
 MAX_OPEN_GAPS: Final = 1_024
 """Gaps a symbol may have open at once; more are folded into the oldest. 64 were reached by a feed that lost every second trade for 2 s."""
 MAX_PIECES: Final = 65_536
@@ -319,15 +325,22 @@ class Sequencer:
             self.given_up.append(gap)
         last_us = int(self._last_us[code])
         start_us, end_us = min(last_us, time_us), max(last_us, time_us)
-        missing = [Piece(int(first), trade_id - 1, start_us, end_us)] if trade_id > first else []
+        wanted = trade_id > first and _is_plausible(trade_id - int(first), end_us - start_us)
+        missing = [Piece(int(first), trade_id - 1, start_us, end_us)] if wanted else []
         gap = Gap(code, int(first), trade_id - 1, start_us, end_us, EVIDENCE_RESTART, missing, anew=True)
         self._gaps[code] = [gap]
         return gap
 
     def _open(self, code: int, first: int, last: int, time_us: int) -> Gap:
         evidence = EVIDENCE_RESTART if self._broken[code] else EVIDENCE_ID_JUMP
-        start_us = int(self._last_us[code])
-        gap = Gap(code, first, last, min(start_us, time_us), max(start_us, time_us), evidence, [Piece(first, last, start_us, time_us)])
+        last_us = int(self._last_us[code])
+        start_us, end_us = min(last_us, time_us), max(last_us, time_us)  # times of neighbouring ids may lie the other way round
+        if _is_plausible(last - first + 1, end_us - start_us):
+            gap = Gap(code, first, last, start_us, end_us, evidence, [Piece(first, last, start_us, end_us)])
+        else:
+            self.resets += 1
+            self._base[code] = base_of(last)
+            gap = Gap(code, first, last, start_us, end_us, EVIDENCE_RESTART, [], anew=True)
         gaps = self._gaps.setdefault(code, [])
         gaps.append(gap)
         if len(gaps) > MAX_OPEN_GAPS:
@@ -364,6 +377,11 @@ class Sequencer:
 def base_of(trade_id: int) -> int:
     """What the numbering of a published id adds to the venue's id."""
     return trade_id // NUMBERING * NUMBERING
+
+
+def _is_plausible(count: int, within_us: int) -> bool:
+    """Whether so many trades of one symbol may have been made in that time."""
+    return count <= PLAUSIBLE_IDS or count * 1_000_000 <= PLAUSIBLE_IDS_A_SECOND * within_us
 
 
 def _first_of(piece: Piece) -> int:

@@ -26,6 +26,8 @@ from schemas.seam import Clock
 
 logger = logging.getLogger(__name__)
 
+ROOM_RESERVE: Final = 170_000
+"""Rows of the batcher's room that are left to the feed: what 16 MiB of messages that wait for a blocked sink may hold, at 100 bytes each."""
 ROOM_WAIT_S: Final = 0.01
 """Wait for room in the batcher; frames are taken every linger."""
 _ALL_IDS: Final = 2**63
@@ -216,7 +218,7 @@ class GapFiller:
         if not len(ids):
             self._answered(job, from_id, _ALL_IDS, -1)
             return True
-        while pipeline.batcher.room < len(ids):  # frames are taken every linger
+        while pipeline.batcher.room < len(ids) + ROOM_RESERVE:  # frames are taken every linger
             await clock.sleep(ROOM_WAIT_S)
         if not gap.closed:
             pipeline.backfill(gap, page, clock.now_us(), clock.monotonic_us())

@@ -67,6 +67,8 @@ class Ledger:
         self._leaving: list[Array] = []  # the same, of the frames being sent
         self._ready: list[Array] = []  # the same, whose frames are sent
         self._counted_us = 0
+        self.losses = 0
+        """How often the feed was lost: an answer to what was asked before the last time says nothing of the time after it."""
 
     def clock(self, wall_us: int) -> None:
         """The wall-clock time now; gaps get their ids from it."""
@@ -90,7 +92,7 @@ class Ledger:
             since_us = resume.exchange_time_us if resume.lost_id < 0 else min(resume.exchange_time_us, resume.lost_since_us)
             since_us = resume.interval_since_us if resume.interval_id >= 0 else since_us
             self.coverage.watch(code, since_us=since_us, interval_id=resume.interval_id)
-            self._watermark.resume(resume.watched_until_us)
+            self._watermark.resume(resume.watched_until_us, self._wall_us)
             lost_us = resume.lost_since_us if resume.lost_id >= 0 else max(resume.exchange_time_us, resume.watched_until_us)
             # the same stretch goes on under its id; one whose end was told in the trades under another, as an id that ended does not open again
             goes_on = resume.lost_id >= 0 and not resume.lost_ended
@@ -126,7 +128,8 @@ class Ledger:
 
     def _reopen(self, code: int, old: OpenGap, mono_us: int) -> None:
         """Go on with a gap of an earlier process; one that it had no time to tell of is told now."""
-        first, last, start_us, end_us = old.first_id, old.last_id, old.start_time_us, old.end_time_us
+        first, last = old.first_id, old.last_id
+        start_us, end_us = sorted((old.start_time_us, old.end_time_us))  # of neighbours in ids, which may be the other way round in time
         gap = Gap(code, first, last, start_us, end_us, old.evidence or EVIDENCE_RESTART, [Piece(first, last, start_us, end_us)])
         gap.gap_id, gap.recovered, gap.opened_us = old.gap_id, old.recovered, mono_us
         self._sequencer.reopen(gap)
@@ -148,19 +151,26 @@ class Ledger:
 
     def lost(self, evidence: int, heard_us: int) -> None:
         """The feed is down, or believed so: nobody knows what came after ``heard_us``, until a row or the venue settles it."""
+        self.losses += 1
         self._sequencer.connection_broke()
-        codes = self.coverage.watched
-        unheard = codes[self._sequencer.last_ids(codes) < 0]
-        if len(unheard):  # no id will tell what they missed: their intervals end here
-            self._closing.append(self.coverage.end(unheard, heard_us, self._next_gap_id()))
-            codes = self.coverage.watched
+        codes = self._heard_of(self.coverage.watched, heard_us)
         self._lose(codes, np.maximum(self._sequencer.last_times_us(codes), heard_us), evidence, self._next_gap_id())
 
     def went_silent(self, codes: list[int]) -> None:
         """These symbols are silent beyond their own law: since their last row nobody knows."""
         chosen = np.intersect1d(self.coverage.watched, np.array(codes, np.int64))
+        self.coverage.doubt(chosen)
+        watermark_us = self._watermark.value
+        chosen = self._heard_of(chosen, 0 if watermark_us is None else watermark_us)
         self._sequencer.connection_broke(chosen)
         self._lose(chosen, self._sequencer.last_times_us(chosen), EVIDENCE_SILENCE, self._next_gap_id())
+
+    def _heard_of(self, codes: Array, until_us: int) -> Array:
+        """Those of which a trade is known. No id will tell what the others missed: their intervals end at ``until_us``."""
+        unheard = self._sequencer.last_ids(codes) < 0
+        if unheard.any():
+            self._closing.append(self.coverage.end(codes[unheard], until_us, self._next_gap_id()))
+        return codes[~unheard]
 
     def venue_is_at(self, code: int, last_id: int, time_us: int, mono_us: int) -> None:
         """The venue says that its newest trade of a symbol is ``last_id``: what we do not have up to there is a gap.
@@ -276,6 +286,7 @@ class Ledger:
     def _end_outages(self, codes: Array, end_us: Array, watermark_us: int) -> None:
         if len(codes):
             rows = self.coverage.settle(codes, end_us, watermark_us)
+            self.coverage.reach(codes, watermark_us)
             again = rows[rows[:, 6] == GAP_FILLED, 0]
             if len(again):  # bars are made anew: their interval vouches for them, which would be told within a minute only
                 self._closing.append(self.coverage.grow(again, watermark_us, self._next_gap_id()))
@@ -349,12 +360,13 @@ class Ledger:
         self._closing.append(self.coverage.grow(self.coverage.watched, self._watermark.value, self._next_gap_id()))
 
     def tick(self, mono_us: int, watermark_us: int | None, *, subscribed: bool) -> None:
-        """Let intervals grow when it is time; ``subscribed``: everything wanted is."""
+        """Let intervals grow when it is time; ``subscribed``: everything wanted is, now."""
         if subscribed and watermark_us is not None:
             rows = self.coverage.tick(mono_us, watermark_us, self._gap_id + 1)
             if rows is not None:
                 self._next_gap_id()
-                self.coverage.began_quietly(watermark_us)
+                # the watermark lags: from before a symbol was subscribed nobody knows what it traded
+                self.coverage.began_quietly(max(watermark_us, self._watermark.venue_us(mono_us)))
                 self._closing.append(rows)
         if mono_us - self._counted_us >= STATS_EVERY_US:
             self._counted_us = mono_us

@@ -113,6 +113,8 @@ class LeftOff:
             symbol = self._of(frame.symbols[code])
             symbol.newest_gap_id = max(symbol.newest_gap_id, gap_id)
             symbol.named.add(gap_id)
+            if first >= 0:  # neighbours in ids may be the other way round in time; only what has no ids may have no end
+                start, end = min(start, end), max(start, end)
             if state == GAP_OPEN:
                 symbol.open[gap_id] = OpenGap(gap_id, first, last, start, end, evidence, recovered)
             else:
@@ -165,8 +167,10 @@ class LeftOff:
 
     def _resume(self, key: str, symbol: _Symbol, oldest_us: int) -> Resume:
         orphans = tuple((gap_id, start_us) for gap_id, start_us in symbol.noticed.items() if gap_id not in symbol.named)
-        known = [gap for gap in symbol.open.values() if gap.first_id >= 0]
-        unknown = sorted((gap for gap in symbol.open.values() if gap.first_id < 0), key=lambda gap: gap.start_time_us)
+        # what a numbering that is no more still lacked nobody can be asked for
+        past = {gap.gap_id for gap in symbol.open.values() if 0 <= gap.first_id < base_of(max(symbol.trade_id, 0))}
+        known = [gap for gap in symbol.open.values() if gap.first_id >= 0 and gap.gap_id not in past]
+        unknown = sorted((gap for gap in symbol.open.values() if gap.first_id < 0 or gap.gap_id in past), key=lambda gap: gap.start_time_us)
         if symbol.trade_id < 0 or symbol.time_us < oldest_us:
             return Resume(-1, 0, newest_gap_id=symbol.newest_gap_id, orphans=orphans, gaps=tuple(known), strays=tuple(unknown))
         lost = next((gap for gap in unknown if gap.end_time_us < gap.start_time_us), None)

@@ -206,9 +206,11 @@ class Pipeline:
             return
         columns = parsed.columns
         receive_us = times[parsed.message_index]
-        keep = self._plausible(columns["exchange_time_us"], mono_us)
+        keep = self._plausible(columns["exchange_time_us"], mono_us, int(times[-1]))
         if keep is not None:
-            detail = "The trade's time lies more than a minute ahead of the venue's clock."
+            detail = (
+                "The trade's time lies more than a minute ahead of the venue's clock, or, as the first of a feed, an hour ahead of ours."
+            )
             wild = parsed.message_index[~keep].tolist()
             self._reject_all([(index, "implausible_time", detail) for index in wild], messages, times)
             columns = {name: column[keep] for name, column in columns.items()}
@@ -220,15 +222,15 @@ class Pipeline:
             self.stats.last_receive_time_us = int(receive_us[-1])
         self._add_rows(columns, receive_us, mono_us)
 
-    def _plausible(self, exchange_us: Array, mono_us: int) -> Array | None:
+    def _plausible(self, exchange_us: Array, mono_us: int, wall_us: int) -> Array | None:
         """None: all rows are; otherwise the mask of those that are."""
-        if self.watermark.observe(int(exchange_us.max()), mono_us):
+        if self.watermark.observe(int(exchange_us.max()), mono_us, wall_us):
             return None
-        limit = self.watermark.limit_us(mono_us)
+        limit = self.watermark.limit_us(mono_us, wall_us)
         keep: Array = exchange_us <= (limit if limit is not None else exchange_us)
         if keep.any():
             # sane rows beside a wild one: the wild time is no sign of a machine that slept
-            self.watermark.observe(int(exchange_us[keep].max()), mono_us)
+            self.watermark.observe(int(exchange_us[keep].max()), mono_us, wall_us)
         return keep
 
     def _add_rows(self, columns: dict[str, Array], receive_us: Array, mono_us: int) -> None:
@@ -246,6 +248,7 @@ class Pipeline:
             codes = columns["symbol_code"]
         if len(codes):
             self.ledger.coverage.began(codes, columns["exchange_time_us"])
+            self.ledger.coverage.heard(codes)
         for gap in opened:
             self.ledger.opened(gap, mono_us)
         self.ledger.report_given_up()

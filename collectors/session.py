@@ -122,6 +122,7 @@ class Shard:
         """Collect exactly these streams from now on."""
         if streams != self._wanted:
             self._wanted = set(streams)
+            self.pipeline.subscribed = False  # until the next look: the venue has not acknowledged what is new
             self._changed.set()
 
     def reply(self, reply: Reply) -> None:
@@ -210,8 +211,9 @@ class Shard:
         self._evidence = EVIDENCE_RESTART
         logger.info("%s: connected to %s with %d streams.", self.name, self._feed.url, len(link.subscribed))
         if self._on_connected is not None:
-            pipeline.watermark.hold(HOLD_RECOVERY, now)
-            self._spawn(self._recover())
+            hold = f"{HOLD_RECOVERY} {pipeline.ledger.losses}"
+            pipeline.watermark.hold(hold, now)
+            self._spawn(self._recover(hold))
         pipeline.watermark.release(HOLD_DOWN)
         reason = await self._watch(link)
         if self._stopping:
@@ -225,12 +227,12 @@ class Shard:
         logger.warning("%s: %s Reconnecting in %.2f s.", self.name, self.trouble, wait_s)
         await self._clock.sleep(wait_s)
 
-    async def _recover(self) -> None:
+    async def _recover(self, hold: str) -> None:
         assert self._on_connected is not None
         try:
             await self._on_connected(self)
         finally:
-            self.pipeline.watermark.release(HOLD_RECOVERY)
+            self.pipeline.watermark.release(hold)  # its own: the feed may have been lost and be recovered once more meanwhile
 
     async def _open(self) -> Link:
         """A connection with everything wanted subscribed. Raises WireError and what :func:`open_connection` raises."""
@@ -347,16 +349,19 @@ class Shard:
     async def _renew(self, old: Link) -> Link:
         """Replace ``old`` by a new connection without a hole; on failure it is kept and tried again later."""
         pipeline = self.pipeline
+        # the newer connection may be ahead of the older: until both said the same, the older's rows must not be late
+        pipeline.watermark.hold(HOLD_RENEWAL, self._clock.monotonic_us())
         try:
             new = await self._open()
         except Exception as exc:
+            pipeline.watermark.release(HOLD_RENEWAL)
             if not is_retryable(exc):
                 raise
             pipeline.stats.error("renewal_failed")
             old.renewal.not_before_us = self._clock.monotonic_us() + int(self._config.renewal_retry_s * 1e6)
             logger.warning("%s: renewing the connection failed, the old one goes on: %s", self.name, exc)
             return old
-        # the newer connection may be ahead of the older: until both said the same, the older's rows must not be late
+        pipeline.watermark.release(HOLD_RENEWAL)  # subscribing a thousand streams takes seconds; a hold lasts ten
         pipeline.watermark.hold(HOLD_RENEWAL, self._clock.monotonic_us())
         await self._clock.sleep(self._config.overlap_s)
         await self._close(old)
@@ -367,8 +372,10 @@ class Shard:
         return new
 
     async def _close(self, link: Link) -> None:
-        self._links = [other for other in self._links if other is not link]
-        await link.connection.close()
+        try:
+            await link.connection.close()
+        finally:  # what arrives during the closing handshake is received like everything before
+            self._links = [other for other in self._links if other is not link]
 
     def _drop(self, link: Link) -> None:
         """Forget a link that is dead or believed so."""
@@ -396,9 +403,9 @@ class Shard:
         previous_us = self._clock.monotonic_us()
         behind = False
         while True:
-            if not self._stopping:
+            if self._links or not self._stopping:
                 await self._clock.sleep(self.pipeline.batcher.linger_us / 1e6)
-            last = self._stopping and not self._links
+            last = self._stopping and not self._links and not self.pipeline.staged_bytes
             now = self._clock.monotonic_us()
             frames = self._take(now, previous_us, behind=behind, last=last)
             previous_us = self._round_us = now
@@ -407,14 +414,14 @@ class Shard:
             self.pipeline.ledger.sent()
             behind = self._clock.monotonic_us() - now > BEHIND_US
             self._after_round()
-            if last and not self.pipeline.staged_bytes:
+            if last:
                 return
             if self._stopping:
                 await self._clock.sleep(0)
 
     def _take(self, now: int, previous_us: int, *, behind: bool, last: bool) -> list[tuple[str, int, Frame]]:
         pipeline, wall_us = self.pipeline, self._clock.now_us()
-        if last and not pipeline.staged_bytes:
+        if last:
             pipeline.ledger.finish()
         return pipeline.take(now, previous_us, sink_behind=behind, all_partitions=last, wall_us=wall_us)
 

@@ -29,6 +29,8 @@ class StaleConfig:
     """A symbol silent for less is never stale: venues pause matching for some seconds."""
     symbol_ceiling_us: int = 3_600_000_000
     """A symbol silent for longer is stale, however seldom it trades."""
+    again_us: int = 300_000_000
+    """A symbol that stays silent is reported again after this at the latest; a page of the venue's REST says whether it traded."""
     feed_floor_us: int = 2_000_000
     """A whole feed silent for less is never stale; with a check every 250 ms an active feed is found dead within 2.3 s."""
     feed_ceiling_us: int = 600_000_000
@@ -49,7 +51,7 @@ class StaleDetector:
         self._sigmas = -math.log(self._config.probability)
         self._heard = np.empty(0, np.int64)  # code -> monotonic us of the last arrival; -1: not watched
         self._gap = np.empty(0, np.float64)  # code -> mean gap, us
-        self._marked = np.empty(0, np.bool_)  # code -> reported as stale and silent since
+        self._told = np.empty(0, np.int64)  # code -> monotonic us of its last report as stale; -1: it is not
         self._feed_heard_us = 0
         self._feed_gap = float(self._config.first_gap_us)
         self._feed_arrivals = 1  # what is assumed at first counts as one arrival
@@ -59,9 +61,9 @@ class StaleDetector:
         size = code + 1
         self._heard = grown(self._heard, size, -1)
         self._gap = grown(self._gap, size, self._config.symbol_ceiling_us)
-        self._marked = grown(self._marked, size, False)
+        self._told = grown(self._told, size, -1)
         self._heard[code] = mono_us
-        self._marked[code] = False
+        self._told[code] = -1
 
     def forget(self, code: int) -> None:
         """Stop watching a symbol."""
@@ -72,6 +74,7 @@ class StaleDetector:
         """The connection is (again) up: silence counts from now, what was learnt stays."""
         self._feed_heard_us = mono_us
         self._heard[self._heard >= 0] = mono_us
+        self._told[:] = -1
 
     def observe(self, codes: IntArray, mono_us: int) -> None:
         """A batch arrived with rows of these symbols (each code once)."""
@@ -84,19 +87,24 @@ class StaleDetector:
         weight = np.where(gap > mean, self._config.learn_longer, self._config.learn_shorter)
         self._gap[codes] = np.where(first, np.maximum(gap, self._config.first_gap_us), mean + weight * (gap - mean))
         self._heard[codes] = np.where(self._heard[codes] >= 0, mono_us, -1)
-        self._marked[codes] = False
+        self._told[codes] = -1
 
     def newly_stale(self, mono_us: int) -> list[int]:
-        """Codes of symbols that became stale since the last call; each silence is reported once."""
+        """Codes of symbols that are stale and were not reported lately.
+
+        A silence that goes on is reported again each time it has doubled, after ``again_us`` at the latest: a stream that died and that the
+        venue does not revive must not pass for a quiet one because somebody asked once.
+        """
         limit = np.clip(self._gap * self._sigmas, self._config.symbol_floor_us, self._config.symbol_ceiling_us)
-        stale = (self._heard >= 0) & (mono_us - self._heard > limit) & ~self._marked
-        codes = np.flatnonzero(stale)
-        self._marked[codes] = True
+        again = np.minimum(self._told - self._heard, np.maximum(self._config.again_us, limit))
+        due = np.where(self._told >= 0, mono_us - self._told > again, mono_us - self._heard > limit)
+        codes = np.flatnonzero((self._heard >= 0) & due)
+        self._told[codes] = mono_us
         return [int(code) for code in codes]
 
     def stale_symbols(self) -> int:
         """How many watched symbols are silent beyond their law now."""
-        return int(np.count_nonzero(self._marked & (self._heard >= 0)))
+        return int(np.count_nonzero((self._told >= 0) & (self._heard >= 0)))
 
     def feed_silence_us(self, mono_us: int) -> int:
         """How long nothing has arrived."""

@@ -22,6 +22,8 @@ class WatermarkConfig:
     """A hold longer than this is ignored: bars close incomplete and are revised, rather than a dead feed freezing its partition."""
     jump_us: int = 60_000_000
     """A time further ahead of the venue's clock than this is not believed until ``confirmations`` batches in a row say so."""
+    first_jump_us: int = 3_600_000_000
+    """The same against our own clock before anything is known of the venue's. An hour: clocks of machines are minutes off, not more."""
     confirmations: int = 3
     """One wild time must not move the watermark for ever; three batches in a row mean that the machine slept."""
 
@@ -37,18 +39,19 @@ class Watermark:
         self._value: int | None = None
         self._wild = 0
 
-    def limit_us(self, mono_us: int) -> int | None:
-        """The latest exchange time that is believed now; None before the first observation."""
+    def limit_us(self, mono_us: int, wall_us: int = 0) -> int | None:
+        """The latest exchange time that is believed now; None before the first observation where the wall clock is not told either."""
         if self._anchor is None:
-            return None
+            return wall_us + self._config.first_jump_us if wall_us else None
         return self._anchor[0] + max(0, mono_us - self._anchor[1]) + self._config.jump_us
 
-    def observe(self, newest_us: int, mono_us: int) -> bool:
+    def observe(self, newest_us: int, mono_us: int, wall_us: int = 0) -> bool:
         """A batch arrived whose newest exchange time is ``newest_us``. Returns False when that time is not believed (yet).
 
-        A batch that is not believed must not be published either: its rows would lie beyond the watermark's reach.
+        A batch that is not believed must not be published either: its rows would lie beyond the watermark's reach. ``wall_us``: our clock,
+        against which the first batch is held; 0: it is believed.
         """
-        limit = self.limit_us(mono_us)
+        limit = self.limit_us(mono_us, wall_us)
         if limit is not None and newest_us > limit:
             self._wild += 1
             if self._wild < self._config.confirmations:
@@ -89,12 +92,18 @@ class Watermark:
         """How much later than its peers a row may arrive."""
         return self._config.lateness_us
 
-    def resume(self, promised_us: int) -> None:
+    def venue_us(self, mono_us: int) -> int:
+        """The venue's time now, as far as it is known: its newest row's and what has passed since. 0 before the first row."""
+        return 0 if self._anchor is None else self._anchor[0] + max(0, mono_us - self._anchor[1])
+
+    def resume(self, promised_us: int, wall_us: int = 0) -> None:
         """An earlier process promised this much in one partition: a hold from the start keeps it there. Without effect after the first row.
 
         Of several the least counts: what was promised in one partition only would be news in the others, and close bars there that lack
-        what nobody has fetched yet.
+        what nobody has fetched yet. A promise of times that are still to come (``wall_us``: our clock) was a wild row's, and is not kept.
         """
+        if wall_us and promised_us > wall_us + self._config.first_jump_us:
+            return
         if promised_us > 0 and self._anchor is None:
             self._value = promised_us if self._value is None else min(self._value, promised_us)
 

@@ -259,11 +259,14 @@ class BinanceCollector:
         known = self._known(shard)
         if not known or self.venue.kind != "trade":  # the request tells ids of single trades only
             return
+        losses = pipeline.ledger.losses
         try:
             newest = await self.rest.last_ids()
         except (VenueError, BreakerOpenError) as exc:
             pipeline.stats.error("recovery_failed")
             logger.warning("%s: cannot ask what was missed: %s Gaps are found by the next trade of each symbol.", shard.name, exc)
+            return
+        if pipeline.ledger.losses != losses:  # lost again meanwhile: the answer is of the time before, and the next reconnect asks anew
             return
         now = self._clock.monotonic_us()
         before = pipeline.stats.gaps_opened
@@ -296,11 +299,14 @@ class BinanceCollector:
             last = sequencer.last_id(code) if code in known else -1
             if last < 0 or not shard.is_live or not sequencer.doubtful(np.array([code]))[0]:
                 continue
+            losses = ledger.losses
             try:
                 page, exhausted = await self._page(f"{self.venue.exchange}:{known[code]}", last, background=True)
             except (VenueError, BreakerOpenError) as exc:
                 shard.pipeline.stats.error("recovery_failed")
                 logger.debug("%s: cannot ask whether %s missed anything: %s", shard.name, known[code], exc)
+                return
+            if ledger.losses != losses:
                 return
             ids = page["trade_id"]
             # our newest trade among them: the venue's ids go on from it, and nothing between it and the page's end was overlooked

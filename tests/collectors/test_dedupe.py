@@ -235,3 +235,38 @@ def test_every_id_is_kept_exactly_once_in_any_order_and_batching(rows: list[tupl
                 n for gap in made.open_gaps() if gap.code == code for piece in gap.missing for n in range(piece.first, piece.last + 1)
             }
             assert missing == set(range(first, max(seen) + 1)) - expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(5_400_000_000, 3_570_000_000_000), (3_570_000_000_000, 5_400_000_000), (5_400_000_000, 5_399_999_500)]
+)
+def test_a_jump_that_no_symbol_can_have_traded_is_another_numbering(before: int, after: int) -> None:
+    """Another venue under the same name, a venue that rolled back: an hour is named as lost, and nobody asks for billions of trades."""
+    made = sequencer()
+    process(made, [before], times=[T])
+    made.connection_broke()
+    kept, (gap,) = process(made, [after], times=[T + 3_600_000_000])
+    assert kept == [after if after > before else after + N]
+    assert gap.anew
+    assert gap.missing == []
+    assert (gap.start_time_us, gap.end_time_us) == (T, T + 3_600_000_000)
+    assert process(made, [after + 1], times=[T + 3_600_000_001]) == ([kept[0] + 1], [])
+
+
+def test_a_week_of_a_busy_symbol_is_no_other_numbering() -> None:
+    """The newest trade is a week old, and 60 were made in a second since."""
+    made = sequencer()
+    process(made, [1_000], times=[T])
+    made.connection_broke()
+    _, (gap,) = process(made, [1_000 + 60 * 604_800], times=[T + 604_800_000_000])
+    assert not gap.anew
+    assert gap.missing_ids == 60 * 604_800 - 1
+
+
+def test_a_gap_between_neighbours_whose_times_lie_the_other_way_round_has_its_times_in_order() -> None:
+    """A gap that ended before it began would have no end."""
+    made = sequencer()
+    process(made, [100], times=[T])
+    _, (gap,) = process(made, [102], times=[T - 1_000])
+    assert (gap.start_time_us, gap.end_time_us) == (T - 1_000, T)
+    assert gap.missing == [Piece(101, 101, T - 1_000, T)]

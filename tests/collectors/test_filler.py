@@ -192,3 +192,22 @@ async def test_ids_that_may_have_holes_are_filled_by_what_the_venue_shows(page_r
     assert sorted(rows_of(made.frames)["binance:BTC-USDT"]) == list(range(1, 22, 2))
     assert {row["state"] for row in made.ledger() if row["first_missing_id"] >= 0} == {GAP_OPEN, GAP_FILLED}
     assert made.ledger()[-1]["state"] == GAP_FILLED
+
+
+async def test_fetched_rows_leave_room_for_what_the_feed_brings() -> None:
+    """A sink that was blocked for long: what waits in the socket finds room once it goes on, however much is fetched meanwhile."""
+    made = Bench()
+    made.round(trade(1))
+    made.round(trade(300_000, ms=T_MS + 5_000))
+    venue = Venue(300_000)
+    clock = StepClock()
+    filler = GapFiller(venue.page, clock)
+    filler.add(made.pipeline, made.gaps[0])
+    working = asyncio.create_task(filler.run())
+    for _ in range(20_000):
+        await asyncio.sleep(0)
+    assert made.pipeline.batcher.room >= 170_000
+    made.pipeline.receive([trade(number, ms=T_MS + 6_000) for number in range(300_001, 300_001 + 20_000)], T_MS * 1_000)
+    made.round()
+    working.cancel()
+    assert sum(frame.row_count for _, frame in made.frames) > 20_000

@@ -183,3 +183,14 @@ def test_what_is_left_of_an_interval(first: int, last: int, told: list[tuple[int
     pairs = sorted((min(pair), max(pair)) for pair in told)
     left = {number for low, high in without(first, last, pairs) for number in range(low, high + 1)}
     assert left == {number for number in range(first, last + 1) if not any(low <= number <= high for low, high in pairs)}
+
+
+def test_gaps_of_a_numbering_that_is_no_more_are_lost() -> None:
+    """Asked for in the new numbering, their ids would be other trades."""
+    made = LeftOff("binance", 1)
+    made.trades(0, trades([(BTC, 100)]))
+    made.gaps(gaps(BTC, (50, GAP_OPEN, 90, 95, T + 89, T + 96, 1)))
+    made.trades(0, trades([(BTC, NUMBERING + 97)]))
+    resume = made.resumes()[BTC]
+    assert all(gap.first_id > NUMBERING for gap in resume.gaps)
+    assert [(gap.gap_id, gap.start_time_us, gap.end_time_us) for gap in resume.strays] == [(50, T + 89, T + 96)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from collectors.watermark import Watermark
 from collectors.wire import TRADE_DTYPES, Reply
 from processors.coverage import LedgerRow, shares, timeline
 from schemas.codec import FrameCodec
-from schemas.frames import GAP_FILLED, GAP_OPEN, GAP_UNFILLABLE, HISTORY, Frame
+from schemas.frames import GAP_COMPLETE, GAP_FILLED, GAP_OPEN, GAP_UNFILLABLE, HISTORY, Frame
 from tests.collectors.fakes import RecordingDeadLetters, capture, rows_of
 
 T_MS = 1_723_161_255_342
@@ -65,7 +66,7 @@ class Bench:
     def round(self, *messages: bytes, received_us: int | None = None) -> None:
         """Receive, wait a linger, take."""
         if messages:
-            self.pipeline.receive(list(messages), self.now if received_us is None else received_us)
+            self.pipeline.receive(list(messages), T_MS * 1_000 + self.now if received_us is None else received_us)
         before, self.now = self.now, self.now + STEP
         found = self.pipeline.take(self.now, before)
         self.frames += [(partition, frame) for topic, partition, frame in found if topic == "trades"]
@@ -107,11 +108,11 @@ def fetched(numbers: range) -> dict[str, Any]:
 def test_rows_carry_when_their_chunk_was_received() -> None:
     """Two chunks in one round, each with its own time."""
     made = Bench()
-    made.pipeline.receive([trade(1), trade(2)], 111)
-    made.pipeline.receive([trade(3)], 222)
+    made.pipeline.receive([trade(1), trade(2)], T_MS * 1_000 + 111)
+    made.pipeline.receive([trade(3)], T_MS * 1_000 + 222)
     made.round()
     (frame,) = [frame for _, frame in made.frames if frame.row_count]
-    assert frame.columns["receive_time_us"].tolist() == [111, 111, 222]
+    assert (frame.columns["receive_time_us"] - T_MS * 1_000).tolist() == [111, 111, 222]
     assert frame.columns["exchange_time_us"].tolist() == [(T_MS + n) * 1000 for n in (1, 2, 3)]
     assert FrameCodec("trades", 1).decode(FrameCodec("trades", 1).encode(frame)).source == "binance/ws/0"
 
@@ -347,14 +348,14 @@ def test_our_wall_clock_may_jump() -> None:
 def test_rejected_bytes_carry_reason_place_and_time() -> None:
     """And the counter of the reason."""
     made = Bench()
-    made.round(trade(1), b"\xff\xfe garbage", trade(2), received_us=777)
+    made.round(trade(1), b"\xff\xfe garbage", trade(2), received_us=T_MS * 1_000 + 777)
     (letter,) = made.letters.items
     assert letter["raw"] == b"\xff\xfe garbage"
     assert (letter["reason"], letter["exchange"], letter["place"], letter["time_us"]) == (
         "malformed_message",
         "binance",
         "binance/ws/0",
-        777,
+        T_MS * 1_000 + 777,
     )
     assert made.pipeline.stats.errors == {"malformed_message": 1}
     assert rows_of(made.frames)["binance:BTC-USDT"] == [1, 2]
@@ -419,3 +420,127 @@ def test_every_message_is_a_row_a_duplicate_or_a_letter(rounds: list[list[int | 
     rows = sum(len(found) for found in rows_of(made.frames).values())
     stats = made.pipeline.stats
     assert rows + stats.duplicates + len(made.letters.items) + len(made.replies) + stats.ignored == total
+
+
+def test_what_is_lost_between_times_the_other_way_round_marks_no_later_bar() -> None:
+    """The row after a lost trade may carry an older time: the stretch still has an end."""
+    made = Bench()
+    made.round(trade(100, ms=T_MS))
+    made.round(trade(102, ms=T_MS - 1))
+    made.pipeline.ledger.done(made.gaps[-1], complete=False)
+    made.round()
+    (lost,) = [row for row in made.ledger() if row["state"] == GAP_UNFILLABLE]
+    assert (lost["start_time_us"], lost["end_time_us"]) == ((T_MS - 1) * 1_000, T_MS * 1_000)
+    assert all(notice.start_time_us <= notice.end_time_us for _, frame in made.frames for notice in frame.gaps)
+
+
+def test_an_open_gap_of_an_earlier_process_has_its_times_in_order() -> None:
+    """The same for what a killed process left open."""
+    old = OpenGap(gap_id=7, first_id=101, last_id=101, start_time_us=T_MS * 1_000, end_time_us=(T_MS - 1) * 1_000, evidence=1)
+    made = Bench(resumes={"binance:BTC-USDT": Resume(102, T_MS * 1_000, gaps=(old,))})
+    (gap,) = made.gaps
+    assert gap.start_time_us < gap.end_time_us
+
+
+def test_a_wild_first_time_beside_a_sane_one_is_refused() -> None:
+    """Nothing is known of the venue's clock yet; ours is at most an hour off. The watermark stays with the sane rows."""
+    made = Bench()
+    made.round(trade(100, symbol="eth", ms=T_MS + 86_400_000 * 365), trade(100, ms=T_MS))
+    assert made.letters.reasons == ["implausible_time"]
+    for number in range(101, 110):
+        made.round(trade(number, ms=T_MS + number))
+    assert made.pipeline.watermark.value is not None
+    assert made.pipeline.watermark.value < (T_MS + 1_000) * 1_000
+    published = [trade_id for _, frame in made.frames if frame.row_count for trade_id in frame.columns["trade_id"].tolist()]
+    assert published == list(range(100, 110))
+
+
+def test_a_promise_of_times_to_come_is_not_kept() -> None:
+    """An earlier process promised a year ahead for a wild row: bars of today are made all the same."""
+    year_us = 365 * 86_400_000_000
+    resume = Resume(100, T_MS * 1_000, watched_until_us=T_MS * 1_000 + year_us)
+    made = Bench(resumes={"binance:BTC-USDT": resume}, wall_us=T_MS * 1_000)
+    made.round(trade(101))
+    made.round()
+    assert made.frames[-1][1].watermark_us < (T_MS + 1_000) * 1_000
+
+
+def dead_stream(made: Bench, seconds: int) -> list[int]:
+    """BTC trades for 25 s, then never again; ETH goes on. The shell asks for BTC whenever it is stale, and the venue has nothing newer.
+
+    Moments of asking, seconds after BTC's last trade.
+    """
+    asked: list[int] = []
+    made.pipeline.subscribed = True
+    for second in range(seconds):
+        at = T_MS + second * 1_000
+        btc = [trade(100 + second, ms=at)] if second < 25 else []
+        made.round(*btc, trade(1_000 + second, symbol="eth", ms=at))
+        made.now += 1_000_000 - STEP
+        if made.pipeline.stale.newly_stale(made.now):
+            asked.append(second - 24)
+            made.pipeline.ledger.went_silent([made.codes["BTC"]])
+            made.round()
+            if not made.pipeline.sequencer.doubtful(np.array([made.codes["BTC"]]))[0]:
+                continue
+            made.pipeline.ledger.venue_is_at(made.codes["BTC"], 124, 0, made.now)
+    made.pipeline.ledger.finish()
+    made.round()
+    made.round()
+    return asked
+
+
+def test_a_stream_that_died_is_asked_for_again_and_again() -> None:
+    """Asked once it would pass for a quiet one until the connection is renewed; each silence is asked about when it has doubled."""
+    asked = dead_stream(Bench(), 3_600)
+    assert 8 <= len(asked) <= 20
+    assert max(later - earlier for earlier, later in zip(asked, asked[1:], strict=False)) <= 301
+
+
+def test_a_stream_that_died_is_not_called_complete_beyond_the_last_answer() -> None:
+    """That others trade says nothing of it."""
+    made = Bench()
+    asked = dead_stream(made, 3_600)
+    intervals = [row for row in made.ledger() if row["symbol"] == "binance:BTC-USDT" and not row["evidence"]]
+    last_s = (intervals[-1]["end_time_us"] - T_MS * 1_000) / 1e6 - 24
+    assert asked[-1] - 2 <= last_s <= asked[-1] + 2
+
+
+def test_a_symbol_that_never_traded_and_is_silent_is_not_vouched_for_by_its_first_trade() -> None:
+    """No id says what it missed: its interval ends, and the next begins with its first trade."""
+    made = Bench()
+    made.pipeline.subscribed = True
+    for second in range(7_300):
+        made.round(trade(1_000 + second, symbol="eth", ms=T_MS + second * 1_000))
+        made.now += 1_000_000 - STEP
+        if made.pipeline.stale.newly_stale(made.now):
+            made.pipeline.ledger.went_silent([made.codes["BTC"]])
+    made.round(trade(777, ms=T_MS + 7_300_000))
+    made.pipeline.ledger.finish()
+    made.round()
+    made.round()
+    mine = [row for row in made.ledger() if row["symbol"] == "binance:BTC-USDT"]
+    assert {row["state"] for row in mine} == {GAP_COMPLETE}
+    covered = [(row["start_time_us"], row["end_time_us"]) for row in {row["gap_id"]: row for row in mine}.values()]
+    assert not any(start < (T_MS + 5_400_000) * 1_000 < end for start, end in covered)
+
+
+def test_a_symbol_is_covered_from_its_subscription_on() -> None:
+    """The watermark lags by half a second, or by a hold's ten: from before the venue's time now nobody knows what it traded."""
+    made = Bench()
+    made.pipeline.subscribed = True
+    for second in range(60):
+        made.round(trade(1_000 + second, symbol="eth", ms=T_MS + second * 1_000))
+        made.now += 1_000_000 - STEP
+    made.pipeline.watermark.hold("a gap", made.now)
+    code = made.pipeline.add_symbol("binance:NEW-USDT", "newusdt@trade", made.now)
+    added_us = (T_MS + 60_000) * 1_000
+    for second in range(60, 130):
+        made.round(trade(1_000 + second, symbol="eth", ms=T_MS + second * 1_000))
+        made.now += 1_000_000 - STEP
+    made.pipeline.ledger.finish()
+    made.round()
+    made.round()
+    assert code >= 0
+    starts = [row["start_time_us"] for row in made.ledger() if row["symbol"] == "binance:NEW-USDT"]
+    assert starts and min(starts) >= added_us
