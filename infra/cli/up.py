@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from infra.cli.output import Output
 from infra.cli.ports import free_ports
 from infra.cli.processes import Choice, source_overrides, specs
 from infra.cli.status import process_value, show_processes
-from infra.errors import StartError, UnreachableError
+from infra.errors import SettingsError, StartError, UnreachableError
 from infra.runs import begin_run, end_run
 from infra.seam import SystemClock
 from infra.settings import Settings, load_settings
@@ -46,7 +47,7 @@ def up(output: Output, *, data_dir: Path | None, source: str | None, detach: boo
     overrides |= aside
     if moved is not None:
         output.note(moved)
-    decision = decide(settings)
+    decision = decide(settings, kept=kept_source(settings))
     settings = load_settings(overrides=overrides | source_overrides(settings, decision.choice))
     output.note(f"source: {decision.choice} ({decision.why})")
     stack = Stack(settings, processes=specs(settings, decision.choice))
@@ -56,6 +57,7 @@ def up(output: Output, *, data_dir: Path | None, source: str | None, detach: boo
         processes = stack.up(detach=detach, on_progress=lambda event: _tell(output, event))
         try:
             write_note(settings)
+            keep_source(settings, decision.choice)
             _record_run(output, settings, decision.choice, began_us)
             _announce(output, settings, [process_value(item) for item in processes], time.monotonic() - started, detach)
             if not detach:
@@ -77,19 +79,62 @@ def settings_to_start(data_dir: Path | None, source: str | None) -> tuple[Settin
     return load_settings(overrides=overrides), overrides
 
 
-def decide(settings: Settings, probe: Callable[[Settings], str | None] | None = None) -> Decision:
-    """Which source to take. ``probe`` answers None when the live venue answers, else why not."""
-    if settings.source == "live":
-        return Decision(choice="live", why="asked for")
-    if settings.source == "sim":
-        return Decision(choice="sim", why="asked for")
+def decide(settings: Settings, probe: Callable[[Settings], str | None] | None = None, kept: str | None = None) -> Decision:
+    """Which source to take.
+
+    ``probe`` answers None when the live venue answers, else why not. ``kept``: the source whose trades this folder holds under the venue's
+    name. The simulated exchange speaks and numbers like the venue, but its trades are none of the venue's. Raises SettingsError.
+    """
+    venue, folder = settings.collector.exchange, settings.data_dir
     if settings.source == "none":
         return Decision(choice="none", why="asked for: no collector, replay only")
+    if settings.source in ("live", "sim"):
+        if kept not in (None, settings.source):
+            raise SettingsError(
+                f"{folder} holds trades of {_NAMES[kept]} as '{venue}', and those of {_NAMES[settings.source]} would stand between them: "
+                "choose another folder with --data-dir"
+            )
+        return Decision(choice="live" if settings.source == "live" else "sim", why="asked for")
+    if kept == "sim":
+        return Decision(choice="sim", why=f"{folder} holds its trades; take another --data-dir for {venue} itself")
     trouble = (probe or probe_live)(settings)
-    venue = settings.collector.exchange
     if trouble is None:
         return Decision(choice="live", why=f"{venue} answers")
+    if kept == "live":
+        return Decision(
+            choice="live", why=f"{venue} does not answer now ({trouble}), but {folder} holds its trades; the collector goes on trying"
+        )
     return Decision(choice="sim", why=f"{venue} does not answer here ({trouble}); this is the simulated exchange, not a real market")
+
+
+_NAMES = {"live": "the live venue", "sim": "the simulated exchange"}
+
+
+def kept_source(settings: Settings) -> str | None:
+    """Whose trades the folder holds under the venue's name: ``live``, ``sim``, or None for nobody's yet."""
+    found = _sources(settings).get(_place(settings))
+    return found if found in _NAMES else None
+
+
+def keep_source(settings: Settings, choice: Choice) -> None:
+    """Note whose trades the folder holds from now on."""
+    if choice != "none" and kept_source(settings) is None:
+        text = json.dumps({**_sources(settings), _place(settings): choice})
+        (settings.data_dir / _SOURCES).write_text(text + "\n", encoding="utf-8")
+
+
+def _sources(settings: Settings) -> dict[str, str]:
+    with suppress(OSError, ValueError):
+        found = json.loads((settings.data_dir / _SOURCES).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+_SOURCES = "SOURCES"
+
+
+def _place(settings: Settings) -> str:
+    return f"{settings.kafka.topic_prefix}{settings.collector.exchange}"
 
 
 def probe_live(settings: Settings) -> str | None:

@@ -9,7 +9,8 @@ import pytest
 
 from infra import provisioned
 from infra.cli.processes import SERVERS, source_overrides, specs
-from infra.cli.up import decide, probe_live
+from infra.cli.up import decide, keep_source, kept_source, probe_live
+from infra.errors import SettingsError
 from infra.settings import Settings, load_settings
 
 
@@ -36,6 +37,36 @@ def test_auto_takes_the_simulated_exchange_otherwise_and_says_so() -> None:
 def test_a_source_that_was_asked_for_is_not_probed(source: str) -> None:
     """Only auto looks at the network."""
     assert decide(settings(source=source), lambda _: pytest.fail("probed")).choice == source
+
+
+@pytest.mark.parametrize(("kept", "asked"), [("live", "sim"), ("sim", "live")])
+def test_trades_of_a_simulated_exchange_never_stand_between_real_ones(kept: str, asked: str) -> None:
+    """Both are called binance: a folder keeps to the one it began with, and says so."""
+    with pytest.raises(SettingsError, match="would stand between them: choose another folder with --data-dir"):
+        decide(settings(source=asked), lambda _: None, kept)
+    assert decide(settings(source=kept), lambda _: None, kept).choice == kept
+
+
+@pytest.mark.parametrize("trouble", [None, "timed out"])
+@pytest.mark.parametrize("kept", ["live", "sim"])
+def test_auto_goes_on_with_the_source_a_folder_began_with(kept: str, trouble: str | None) -> None:
+    """Whether the venue answers today or not."""
+    assert decide(settings(source="auto"), lambda _: trouble, kept).choice == kept
+
+
+def test_a_folder_knows_whose_trades_it_holds(tmp_path: Path) -> None:
+    """By topic prefix and venue; the first source that collected stays, and no collector changes nothing."""
+    given = settings(data_dir=str(tmp_path))
+    assert kept_source(given) is None
+    keep_source(given, "none")
+    assert kept_source(given) is None
+    keep_source(given, "sim")
+    assert kept_source(given) == "sim"
+    other = settings(data_dir=str(tmp_path), kafka__topic_prefix="tenant1.")
+    keep_source(other, "live")
+    assert (kept_source(given), kept_source(other)) == ("sim", "live")
+    (tmp_path / "SOURCES").write_text("damaged")
+    assert kept_source(given) is None
 
 
 def test_probe_says_why_a_venue_is_not_there() -> None:
