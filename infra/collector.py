@@ -52,6 +52,8 @@ FLUSH_S: Final = 2.0
 """Of these, how long to wait for acknowledgements; what has none by then is kept on disk and sent at the next start."""
 MAX_DEAD_LETTERS: Final = 10_000
 """Dead letters that wait for the broker; more are counted, not kept."""
+MAX_DEAD_LETTER_BYTES: Final = 64 * 1024 * 1024
+"""The same for their bytes: one may have a megabyte."""
 DEFAULT_SYMBOLS: Final = (
     "BTC-USDT", "ETH-USDT", "SOL-USDT", "BNB-USDT", "XRP-USDT", "DOGE-USDT", "ADA-USDT", "AVAX-USDT", "LINK-USDT", "LTC-USDT",
 )  # fmt: skip
@@ -65,6 +67,7 @@ class KafkaDeadLetters:
     def __init__(self, sink: SpoolSink, metrics: CollectorMetrics) -> None:
         self._sink, self._metrics = sink, metrics
         self._queue: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue(MAX_DEAD_LETTERS)
+        self._bytes = 0
 
     def put(self, *, reason: str, detail: str, exchange: str, symbol: str, place: str, time_us: int, raw: bytes, raw_size: int) -> None:
         """See DeadLetters.put."""
@@ -77,15 +80,17 @@ class KafkaDeadLetters:
             "topic": "",
         }
         row |= {"partition": -1, "offset": -1, "place": place, "time_us": time_us, "raw_size": raw_size, "raw": raw}
-        try:
-            self._queue.put_nowait((f"{exchange}:{symbol}", row))
-        except asyncio.QueueFull:
+        if self._queue.full() or self._bytes + len(raw) > MAX_DEAD_LETTER_BYTES:
             self._metrics.dead_letters_lost += 1
+            return
+        self._bytes += len(raw)
+        self._queue.put_nowait((f"{exchange}:{symbol}", row))
 
     async def run(self) -> None:
         """Send what comes, until cancelled."""
         while True:
             key, row = await self._queue.get()
+            self._bytes -= len(row["raw"])
             try:
                 await self._sink.send_row("deadletter", key, row)
             finally:
