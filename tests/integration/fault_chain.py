@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from infra.clickhouse.client import connect
@@ -42,6 +43,12 @@ def figure(line: str, **values: float | str) -> None:
     if path:
         with Path(path).open("a", encoding="utf-8") as out:
             out.write(json.dumps({"line": line, **values}) + "\n")
+
+
+def recovery(took_s: list[float]) -> dict[str, float]:
+    """Figures of how long it took from each kill to the next output."""
+    middle, most = np.percentile(took_s, (50, 90)).tolist()
+    return {"recovery_median_s": middle, "recovery_p90_s": most, "recovery_slowest_s": max(took_s)}
 
 
 def clean_environ(settings: Settings) -> dict[str, str]:

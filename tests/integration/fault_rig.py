@@ -1,7 +1,8 @@
 """A whole stack under live trades, for faults of single parts: everything is a process, links can be cut, and one call says whether all is well.
 
 ``rig.whole()`` waits until ClickHouse holds every trade the exchange made up to now, each once, and the bars have gone on; whatever was
-done to any part before. No step of it is done by hand: the test only ends the fault.
+done to any part before. No step of it is done by hand: the test only ends the fault. ``rig.equal()`` compares whole tables with the market's own
+record of its trades and with the bars of it.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from infra.clickhouse.client import connect
 from infra.provision import provision
 from infra.settings import Settings, load_settings
 from infra.stack.datadir import claim
 from infra.stack.supervisor import Stack
 from tests.integration.conftest import process_environ
-from tests.integration.fault_chain import ROOT, Chain
+from tests.integration.fault_chain import ROOT, Chain, stored_trades
+from tests.integration.fault_tables import BAR_COLUMNS, BAR_KEY, TRADE_COLUMNS, batch_bars, difference, final_bars, sha256
 from tests.integration.tcp_proxy import TcpProxy
 
 SYMBOLS = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "BNBUSDT")
@@ -129,6 +133,64 @@ class Rig:
         status, body = self.chain.ask("api", "/api/v1/bars/binance/BTC-USDT?timeframe=1s&limit=1")
         return "" if status == 200 else f"the API answers {status}: {body[:200]}"
 
+    def market_trades(self, symbol: str, until_us: int) -> pl.DataFrame:
+        """What the market made of a symbol before ``until_us``, from the first trade on that was stored."""
+        made = self.sim(f"/sim/truth?symbol={symbol}&from={self.first[symbol]}")
+        rows = pl.DataFrame(
+            {
+                "trade_id": made["id"],
+                "price": [float(price) for price in made["price"]],
+                "size": [float(size) for size in made["qty"]],
+                "side": pl.Series([-1 if maker else 1 for maker in made["isBuyerMaker"]], dtype=pl.Int8),
+                "exchange_time_us": [time_ms * 1_000 for time_ms in made["time"]],
+            }
+        )
+        return rows.filter(pl.col("exchange_time_us") < until_us)
+
+    def equal(self, timeout_s: float = 60.0) -> dict[str, str | int]:
+        """Wait until trades and bars are those of an undisturbed run: every column of every trade, every value of every closed bar.
+
+        Bars of all timeframes that closed before this moment of the market; those that opened after the first trade are complete as well, which
+        takes the repair its time. Returns how many were compared, and the SHA-256 that both sides have.
+        """
+        now_us = int(self.sim("/sim/status")["time_ms"]) * 1_000
+        trades = {symbol: self.market_trades(symbol, now_us) for symbol in SYMBOLS}
+        bars = {symbol: batch_bars(rows, canonical(symbol)).filter(pl.col("close_time_us") <= now_us) for symbol, rows in trades.items()}
+        # the newest bar of a batch is not complete, and here it has closed
+        wanted = {symbol: (trades[symbol], rows.with_columns(complete=pl.lit(True))) for symbol, rows in bars.items()}
+        begun, problem = time.monotonic(), ""
+        while time.monotonic() - begun < timeout_s:
+            found = {symbol: self._stored(symbol, now_us) for symbol in SYMBOLS}
+            problems = [
+                f"{symbol}: {text}"
+                for symbol in SYMBOLS
+                for mine, theirs, key in zip(found[symbol], wanted[symbol], (("trade_id",), BAR_KEY), strict=True)
+                if (text := difference(mine, theirs, key))
+            ]
+            if not problems:
+                mine, theirs = (
+                    [sha256(sides[symbol][place].select(wanted[symbol][place].columns) for symbol in SYMBOLS) for place in (0, 1)]
+                    for sides in (found, wanted)
+                )
+                assert mine == theirs
+                return {
+                    "trades": sum(map(len, trades.values())),
+                    "bars": sum(map(len, bars.values())),
+                    "trades_sha256": mine[0][:16],
+                    "bars_sha256": mine[1][:16],
+                }
+            problem = problems[0]
+            time.sleep(0.5)
+        raise AssertionError(f"not equal to an undisturbed run after {timeout_s} s: {problem}; logs in {self.log_dir}")
+
+    def _stored(self, symbol: str, until_us: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+        name = canonical(symbol)
+        trades = stored_trades(self.settings, name).filter(pl.col("exchange_time_us") < until_us)
+        bars = final_bars(self.settings, name).filter(pl.col("close_time_us") <= until_us)
+        # where the first trade lies nobody knows what came before it
+        known = bars.with_columns(complete=pl.col("complete") | (pl.col("open_time_us") < trades["exchange_time_us"].min()))
+        return trades.select(TRADE_COLUMNS), known.select(*BAR_COLUMNS, "complete")
+
     def deadletters(self) -> list[str]:
         """Reasons of the stored dead letters."""
         client = connect(self.settings.clickhouse)
@@ -198,6 +260,11 @@ def rig(small_disk: tuple[str, SmallDisk] | None = None, **variables: str) -> It
         yield made
 
 
+def canonical(symbol: str) -> str:
+    """Our name of a symbol of the exchange."""
+    return f"{symbol.removesuffix('USDT')}-USDT"
+
+
 def wait_for(check: Callable[[], Any], seconds: float, what: str) -> float:
     """Until ``check()`` holds; seconds it took."""
     begun = time.monotonic()
@@ -207,4 +274,4 @@ def wait_for(check: Callable[[], Any], seconds: float, what: str) -> float:
     return time.monotonic() - begun
 
 
-__all__ = ["RATE", "SYMBOLS", "Rig", "exchange", "rig", "wait_for"]
+__all__ = ["RATE", "SYMBOLS", "Rig", "canonical", "exchange", "rig", "wait_for"]
