@@ -32,6 +32,8 @@ ATTEMPTS: Final = 3
 """Tries of one request while the venue is unavailable or asks to slow down."""
 PATIENCE_S: Final = 20.0
 """A request does not wait longer than this for the rate limit; what waits for it (a gap, a symbol) tells its own story meanwhile."""
+SHORTEST_WAIT_S: Final = 0.001
+"""So that the microsecond a clock may leave of a wait is not waited for again and again."""
 BACKGROUND_RESERVE: Final = 0.5
 """Share of the budget that background requests leave: 2,400 weight of spot are 96 pages for gaps that hold the feed."""
 KEY_CODES: Final = (-2014, -2015, -1022)
@@ -192,11 +194,13 @@ class BinanceRest:
 
     async def _once(self, route: str, params: dict[str, str], weight: float, reserve: float) -> bytes:
         clock = self._clock
-        wait_s = self.limit.wait_s(weight, clock.monotonic_us(), reserve_share=reserve)
-        if wait_s > PATIENCE_S:
-            raise RateLimitedError(f"The budget for {self.venue.rest_url} is spent for {wait_s:.0f} s.", status=429, retry_after_s=wait_s)
-        if wait_s > 0:
-            await clock.sleep(wait_s)
+        # asked again after each wait: meanwhile another request may have been refused, and its Retry-After is for all
+        while (wait_s := self.limit.wait_s(weight, clock.monotonic_us(), reserve_share=reserve)) > 0:
+            if wait_s > PATIENCE_S:
+                raise RateLimitedError(
+                    f"The budget for {self.venue.rest_url} is spent for {wait_s:.0f} s.", status=429, retry_after_s=wait_s
+                )
+            await clock.sleep(max(wait_s, SHORTEST_WAIT_S))
         self.breaker.check(clock.monotonic_us())
         self.limit.take(weight, clock.monotonic_us())
         url = f"{self.venue.rest_url}{self.venue.rest_path}/{route}"

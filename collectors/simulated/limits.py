@@ -20,6 +20,9 @@ LONGEST_BAN_S: Final = 3 * 86_400
 
 MINUTE_MS: Final = 60_000
 
+ON_ITS_WAY_MS: Final = 250
+"""A request that comes within this time of a refusal was sent before the refusal was read: five of the collector's are under way at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -56,6 +59,12 @@ class WeightLimit:
         self._banned_until_ms = 0
         self._forced_until_ms = 0
         self._forced_status = 429
+        self._told_ms = 0
+        self._told_until_ms = 0
+        self.refused = 0
+        """Requests answered 429 or 418."""
+        self.too_early = 0
+        """Requests that came before the Retry-After of an earlier refusal had ended, though its answer had long been read."""
 
     def force(self, status: int, until_ms: int) -> None:
         """Answer ``status`` (429 or 418) to everything until ``until_ms``, whatever was used."""
@@ -64,10 +73,20 @@ class WeightLimit:
 
     def clear(self) -> None:
         """Forget every refusal and ban."""
-        self._used = self._refused = self._bans = self._banned_until_ms = self._forced_until_ms = 0
+        self._used = self._refused = self._bans = self._banned_until_ms = self._forced_until_ms = self._told_until_ms = 0
 
     def admit(self, weight: int, now_ms: int) -> Verdict:
         """Count a request of ``weight`` at ``now_ms`` and say whether it may pass."""
+        self.too_early += self._told_ms + ON_ITS_WAY_MS < now_ms < self._told_until_ms
+        verdict = self._judge(weight, now_ms)
+        if verdict.status != 200:
+            self.refused += 1
+            if now_ms >= self._told_until_ms:
+                self._told_ms = now_ms
+            self._told_until_ms = max(self._told_until_ms, now_ms + verdict.retry_after_s * 1_000)
+        return verdict
+
+    def _judge(self, weight: int, now_ms: int) -> Verdict:
         minute = now_ms // MINUTE_MS
         if minute != self._minute:
             self._minute, self._used, self._refused = minute, 0, 0

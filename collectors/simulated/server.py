@@ -355,6 +355,8 @@ class SimulatedExchange:
                     "trades": venue.market.trades_made,
                     "kept": min(venue.ring.total, venue.ring.capacity),
                     "messages_sent": self._fanouts[kind].sent_messages,
+                    "requests_refused": venue.limit.refused,
+                    "requests_too_early": venue.limit.too_early,
                     "paused": [venue.wire.universe.symbols[code] for code in np.flatnonzero(venue.market.paused).tolist()],
                 }
                 for kind, venue in self.exchange.venues.items()

@@ -321,13 +321,17 @@ async def test_a_failed_renewal_keeps_the_old_connection() -> None:
         made.assert_equal_to_truth()
 
 
-async def test_a_rate_limited_backfill_waits_and_then_fills() -> None:
-    """429 with Retry-After: obeyed; the gap is filled afterwards."""
+@pytest.mark.parametrize("status", [429, 418])
+async def test_a_rate_limited_backfill_waits_and_then_fills(status: int) -> None:
+    """429 and 418 with Retry-After: the exchange counts no request before it ended; the gap is filled afterwards."""
     async with bench() as made:
-        made.exchange.inject({"fault": "rate_limit", "seconds": 2})
+        limit = made.exchange.exchange.venues["spot"].limit
+        made.exchange.inject({"fault": "rate_limit", "seconds": 2, "status": status})
         made.exchange.inject({"fault": "drop", "symbol": "BTCUSDT", "count": 2})
         await made.until(lambda: made.stats.gaps_filled >= 1, 20.0)
         await made.stop()
+        assert limit.refused >= 1
+        assert limit.too_early == 0
         assert made.stats.gaps_unfillable == 0
         made.assert_equal_to_truth()
 

@@ -187,6 +187,25 @@ async def test_a_short_rate_limit_is_waited_for_and_a_ban_is_obeyed() -> None:
     assert len(asked) == 3
 
 
+async def test_a_refusal_of_another_request_is_obeyed_by_one_that_waits_for_its_budget() -> None:
+    """Two requests wait for weight; the first is told 429 for 5 s while the second still waits: it is sent after those, not before."""
+    rest, clock, _ = client(lambda request: httpx.Response(200, json={"symbols": []}))
+    rest.limit.take(4_800.0 - 10.0, clock.monotonic_us())  # half of what exchangeInfo costs is left
+    begin = clock.monotonic_us()
+    sleep, told = clock.sleep, []
+
+    async def sleep_and_be_refused(seconds: float) -> None:
+        await sleep(seconds)
+        if not told:
+            told.append(clock.monotonic_us())
+            rest.limit.block(5.0, clock.monotonic_us())
+
+    clock.sleep = sleep_and_be_refused  # type: ignore[method-assign]
+    await rest.symbols()
+    assert 0 < told[0] - begin < 1_000_000
+    assert clock.monotonic_us() - told[0] >= 5_000_000
+
+
 async def test_a_venue_that_fails_opens_the_breaker_and_a_wrong_request_does_not() -> None:
     """Five failures; then nothing is sent for a minute."""
 

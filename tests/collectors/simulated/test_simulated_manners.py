@@ -14,7 +14,7 @@ from collectors.simulated.config import ServerConfig
 from collectors.simulated.errors import HttpSyntaxError, SimulationConfigError, UnknownFaultError
 from collectors.simulated.faults import FaultPlan, parse_fault
 from collectors.simulated.http import MAX_BODY, MAX_LINE, Response, take_request, websocket_reply
-from collectors.simulated.limits import REFUSALS_BEFORE_BAN, WeightLimit
+from collectors.simulated.limits import ON_ITS_WAY_MS, REFUSALS_BEFORE_BAN, WeightLimit
 from collectors.simulated.market import Market
 from collectors.simulated.regimes import MarketConfig
 from collectors.simulated.rest import weight_of
@@ -48,6 +48,21 @@ def test_forced_refusal_ends_by_itself() -> None:
     limit.force(429, START_MS + 2_500)
     assert limit.admit(1, START_MS).retry_after_s == 3
     assert limit.admit(1, START_MS + 2_500).status == 200
+
+
+@pytest.mark.parametrize("status", [429, 418])
+def test_requests_before_retry_after_ended_are_counted(status: int) -> None:
+    """What was under way when the refusal was told is none of them, and neither is who waited."""
+    limit = WeightLimit(100)
+    limit.force(status, START_MS + 2_500)
+    limit.admit(1, START_MS)
+    limit.admit(1, START_MS + ON_ITS_WAY_MS)
+    assert (limit.refused, limit.too_early) == (2, 0)
+    limit.admit(1, START_MS + 1_000)
+    assert limit.admit(1, START_MS + 2_600).status == 200  # let in, but 3 s were told at first, and again at 0.25 s
+    assert (limit.refused, limit.too_early) == (3, 2)
+    assert limit.admit(1, START_MS + 3_250).status == 200
+    assert (limit.refused, limit.too_early) == (3, 2)
 
 
 @pytest.mark.parametrize(
