@@ -329,7 +329,9 @@ class Shard:
             nap.cancel()
 
     def _look_at_symbols(self, link: Link) -> None:
-        """Subscribe again to streams that are silent beyond their own law."""
+        """Subscribe again to streams that are silent beyond their own law, unless it is us who do not read."""
+        if self._paused or self._rounds_since_resume < RESUMED_ROUNDS:
+            return
         stale = self.pipeline.stale
         codes = stale.newly_stale(self._round_us)
         self.pipeline.stats.stale_symbols = stale.stale_symbols()

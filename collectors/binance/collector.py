@@ -312,3 +312,5 @@ class BinanceCollector:
             # our newest trade among them: the venue's ids go on from it, and nothing between it and the page's end was overlooked
             if len(ids) and sequencer.last_id(code) == last and (last in ids or (not exhausted and int(ids[0]) > last)):
                 ledger.venue_is_at(code, int(ids[-1]), int(page["exchange_time_us"].max()), self._clock.monotonic_us())
+                if sequencer.last_id(code) > last and shard.pipeline.stale.is_silent(code):
+                    ledger.went_silent([code])  # it trades and its stream says nothing: beyond the page nobody knows either

@@ -80,6 +80,7 @@ CELLS: Final[tuple[Cell, ...]] = (
     # The venue.
     _cell("exchange", "venue", "connections break (1006), also in holes", "Connected again within a second and jitter; what was missed is fetched.", _GAPS),
     _cell("exchange", "venue", "half-open and stalled connections", "Found within 3 s; the ledger names what was not sent; it is fetched.", _GAPS),
+    _cell("exchange", "venue", "one stream says nothing while its symbol trades", "Found within 3 s for a busy symbol; the ledger doubts that symbol alone while it lasts; its trades are fetched.", _EXCHANGE + "test_a_single_frozen_symbol_on_a_live_feed_is_noticed_within_three_seconds_and_fetched"),
     _cell("exchange", "venue", "the cut at 24 hours", "Reconnected; the hole is fetched before the watermark passes it.", _EXCHANGE + "test_a_lost_connection_costs_no_trade"),
     _cell("exchange", "venue", "429 and 418 with Retry-After", "The wait is obeyed, then holes are filled.", _GAPS),
     _cell("exchange", "venue", "REST slow, failing (503), with short or cut pages", "Asked again within limits; holes are filled.", _GAPS),

@@ -110,6 +110,10 @@ class Bench:
         rows = [row for row in self.ledger(key) if row.state == state and row.first_missing_id >= 0]
         return {trade_id for row in rows for trade_id in range(row.first_missing_id, row.last_missing_id + 1)}
 
+    def doubted(self, key: str) -> list[LedgerRow]:
+        """Rows that tell of a silence of a symbol: since when nobody knows, with unknown ids."""
+        return [row for row in self.ledger(key) if (row.state, row.evidence) == (GAP_OPEN, EVIDENCE_SILENCE) and row.first_missing_id < 0]
+
     def assert_covered(self) -> None:
         """Of every symbol: from its first trade to its last everything is complete or filled."""
         times: dict[str, list[int]] = {}
@@ -275,6 +279,35 @@ async def test_a_silent_connection_is_noticed_within_three_seconds(fault: str, e
             assert made.late_rows() == 0
 
 
+async def test_a_single_frozen_symbol_on_a_live_feed_is_noticed_within_three_seconds_and_fetched() -> None:
+    """One stream says nothing while its symbol trades and the others flow: the ledger doubts that symbol alone while it lasts, REST has its trades."""
+    async with bench() as made:
+        await made.trade(1_500)
+        frozen = made.exchange.inject({"fault": "drop", "symbol": "BTCUSDT", "count": 1_000_000})
+        begin = time.monotonic()
+        await made.until(lambda: made.doubted("binance:BTC-USDT"))
+        took = time.monotonic() - begin
+        print(f"found {took:.2f} s after its last trade")
+        assert took < 3.0
+        code = made.collector.shards[0].pipeline.batcher.code_of("binance:BTC-USDT")
+        for _ in range(2):  # as long as it is frozen it stays in doubt, and is asked for
+            missed = set(frozen.touched)
+            await made.until(lambda missed=missed: missed <= made.named("binance:BTC-USDT", GAP_FILLED))
+            assert missed <= set(rows_of(made.sink.trades)["binance:BTC-USDT"])
+            assert made.collector.shards[0].pipeline.ledger.coverage.lost.tolist() == [code]
+        made.exchange.inject({"fault": "clear"})
+        await made.trade(500)
+        await made.until(lambda: made.stats.gaps_opened == made.stats.gaps_filled)
+        assert not len(made.collector.shards[0].pipeline.ledger.coverage.lost)
+        await made.stop()
+        keys = {made.collector.shards[0].pipeline.batcher.key_of(code) for code in range(20)}
+        assert {key for key in keys if made.doubted(key)} == {"binance:BTC-USDT"}
+        assert {key for key in keys if made.named(key, GAP_OPEN)} == {"binance:BTC-USDT"}
+        assert made.named("binance:BTC-USDT", GAP_FILLED) >= set(frozen.touched)
+        assert made.stats.reconnections == made.stats.stale_reconnects == 0
+        made.assert_equal_to_truth()
+
+
 async def test_a_venue_that_restarts_with_ids_from_one_loses_nothing_silently() -> None:
     """Trades of the new numbering are kept from the first on; each symbol has one entry that says restart, and no gap of bogus ids."""
     async with bench() as made:
@@ -409,6 +442,7 @@ async def test_a_sink_that_takes_nothing_stops_the_reading_and_loses_nothing() -
         await made.stop()
         made.assert_equal_to_truth()
         assert made.late_rows() == 0
+        assert not any(made.doubted(key) for key in rows_of(sink.trades))  # that we did not read is no silence of a symbol
 
 
 async def test_aggregate_trades_of_perpetuals() -> None:
