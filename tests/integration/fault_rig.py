@@ -30,7 +30,7 @@ from infra.stack.datadir import claim
 from infra.stack.supervisor import Stack
 from tests.integration.conftest import process_environ
 from tests.integration.fault_chain import ROOT, Chain, stored_trades
-from tests.integration.fault_tables import BAR_COLUMNS, BAR_KEY, TRADE_COLUMNS, batch_bars, difference, final_bars, sha256
+from tests.integration.fault_tables import BAR_KEY, closed_bars, difference, sha256, undisturbed
 from tests.integration.tcp_proxy import TcpProxy
 
 SYMBOLS = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "BNBUSDT")
@@ -155,12 +155,10 @@ class Rig:
         """
         now_us = int(self.sim("/sim/status")["time_ms"]) * 1_000
         trades = {symbol: self.market_trades(symbol, now_us) for symbol in SYMBOLS}
-        bars = {symbol: batch_bars(rows, canonical(symbol)).filter(pl.col("close_time_us") <= now_us) for symbol, rows in trades.items()}
-        # the newest bar of a batch is not complete, and here it has closed
-        wanted = {symbol: (trades[symbol], rows.with_columns(complete=pl.lit(True))) for symbol, rows in bars.items()}
+        wanted = {symbol: (rows, undisturbed(rows, canonical(symbol), now_us)) for symbol, rows in trades.items()}
         begun, problem = time.monotonic(), ""
         while time.monotonic() - begun < timeout_s:
-            found = {symbol: self._stored(symbol, now_us) for symbol in SYMBOLS}
+            found = {symbol: self._stored(symbol, now_us, rows) for symbol, rows in trades.items()}
             problems = [
                 f"{symbol}: {text}"
                 for symbol in SYMBOLS
@@ -168,28 +166,18 @@ class Rig:
                 if (text := difference(mine, theirs, key))
             ]
             if not problems:
-                mine, theirs = (
-                    [sha256(sides[symbol][place].select(wanted[symbol][place].columns) for symbol in SYMBOLS) for place in (0, 1)]
-                    for sides in (found, wanted)
-                )
+                mine, theirs = (_hashes(sides) for sides in (found, wanted))
                 assert mine == theirs
-                return {
-                    "trades": sum(map(len, trades.values())),
-                    "bars": sum(map(len, bars.values())),
-                    "trades_sha256": mine[0][:16],
-                    "bars_sha256": mine[1][:16],
-                }
+                counts = {name: sum(len(tables[place]) for tables in wanted.values()) for place, name in enumerate(("trades", "bars"))}
+                return {**counts, "trades_sha256": mine[0][:16], "bars_sha256": mine[1][:16]}
             problem = problems[0]
             time.sleep(0.5)
         raise AssertionError(f"not equal to an undisturbed run after {timeout_s} s: {problem}; logs in {self.log_dir}")
 
-    def _stored(self, symbol: str, until_us: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    def _stored(self, symbol: str, until_us: int, trades: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         name = canonical(symbol)
-        trades = stored_trades(self.settings, name).filter(pl.col("exchange_time_us") < until_us)
-        bars = final_bars(self.settings, name).filter(pl.col("close_time_us") <= until_us)
-        # where the first trade lies nobody knows what came before it
-        known = bars.with_columns(complete=pl.col("complete") | (pl.col("open_time_us") < trades["exchange_time_us"].min()))
-        return trades.select(TRADE_COLUMNS), known.select(*BAR_COLUMNS, "complete")
+        stored = stored_trades(self.settings, name).filter(pl.col("exchange_time_us") < until_us)
+        return stored, closed_bars(self.settings, name, until_us, trades)
 
     def deadletters(self) -> list[str]:
         """Reasons of the stored dead letters."""
@@ -263,6 +251,12 @@ def rig(small_disk: tuple[str, SmallDisk] | None = None, **variables: str) -> It
 def canonical(symbol: str) -> str:
     """Our name of a symbol of the exchange."""
     return f"{symbol.removesuffix('USDT')}-USDT"
+
+
+def _hashes(tables: dict[str, tuple[pl.DataFrame, pl.DataFrame]]) -> tuple[str, str]:
+    """SHA-256 of the trades and of the bars of all symbols; columns have the same types on both sides once they are equal."""
+    trades, bars = zip(*(tables[symbol] for symbol in SYMBOLS), strict=True)
+    return sha256(trades), sha256(bars)
 
 
 def wait_for(check: Callable[[], Any], seconds: float, what: str) -> float:

@@ -1,7 +1,7 @@
 """Whole tables against an undisturbed run: what ClickHouse holds of a symbol, and the bars the live kernel makes of the market's own trades.
 
-Sums are error-free and the kernel is the same, so every value is compared for equality. ``checked_bars`` is for markets that go on: it looks at
-the bars that closed before a time of the exchange up to which all trades are known.
+Sums are error-free and the kernel is the same, so every value is compared for equality. For markets that go on :func:`undisturbed` and
+:func:`closed_bars` look at the bars that closed before a time up to which all trades are known.
 """
 
 from __future__ import annotations
@@ -41,6 +41,29 @@ def final_bars(settings: Settings, symbol: str, exchange: str = "binance") -> pl
     return newest.filter(pl.col("is_final") == 1).with_columns(pl.col("complete").cast(pl.Boolean)).sort(BAR_KEY)
 
 
+def undisturbed(trades: pl.DataFrame, symbol: str, until_us: int, dark: Iterable[tuple[int, int]] = ()) -> pl.DataFrame:
+    """Bars of all timeframes that close by ``until_us``, as ``trades`` make them: complete but where they touch a stretch of ``dark``.
+
+    ``dark``: (start, end) of what nobody has, us. As :func:`closed_bars` has it, what opened before the first trade counts as complete.
+    """
+    touched = [(pl.col("close_time_us") > start_us) & (pl.col("open_time_us") <= end_us) for start_us, end_us in dark]
+    complete = _began(trades) | ~pl.any_horizontal(pl.lit(False), *touched)
+    return batch_bars(trades, symbol).filter(pl.col("close_time_us") <= until_us).with_columns(complete=complete)
+
+
+def closed_bars(settings: Settings, symbol: str, until_us: int, trades: pl.DataFrame) -> pl.DataFrame:
+    """The stored bars that :func:`undisturbed` is to be compared with.
+
+    Before the first trade nobody knows what there was: bars that opened before it are compared but for ``complete``.
+    """
+    bars = final_bars(settings, symbol).filter(pl.col("close_time_us") <= until_us)
+    return bars.with_columns(complete=_began(trades) | pl.col("complete")).select(*BAR_COLUMNS, "complete")
+
+
+def _began(trades: pl.DataFrame) -> pl.Expr:
+    return pl.col("open_time_us") < trades["exchange_time_us"].min()
+
+
 def difference(found: pl.DataFrame, wanted: pl.DataFrame, key: Iterable[str]) -> str:
     """The first rows that only one of two tables has, and how many; empty when they are equal to the bit. ``wanted`` says columns and types."""
     found = found.select(wanted.columns).cast(dict(wanted.schema))
@@ -58,4 +81,4 @@ def sha256(tables: Iterable[pl.DataFrame]) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["BAR_COLUMNS", "BAR_KEY", "TRADE_COLUMNS", "batch_bars", "difference", "final_bars", "sha256"]
+__all__ = ["BAR_COLUMNS", "BAR_KEY", "TRADE_COLUMNS", "batch_bars", "closed_bars", "difference", "final_bars", "sha256", "undisturbed"]
