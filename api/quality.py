@@ -1,7 +1,7 @@
 """Data quality as people ask for it: a symbol or a filter in; scores of its feeds, or suspect trades with their state, out.
 
-``GET /api/v1/quality/{symbol}``, ``marketstream quality`` and ``marketstream quarantine`` read through here. The newest row of a trade in
-``quarantine`` is valid; rows of a symbol are in one partition, so the one with the larger offset is newer.
+``GET /api/v1/quality/{symbol}``, ``marketstream quality`` and ``marketstream quarantine`` read through here. The weightiest row of a trade in
+``quarantine`` is valid (``BY_WEIGHT``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ STATES: Final[dict[int, str]] = {1: "held", 2: "confirmed", 3: "released", 4: "d
 """What became of a suspect, as in ``quarantine.avsc``: the market confirms, people release and discard."""
 REASONS: Final[dict[int, str]] = {1: "price", 2: "time"}
 """Why a trade is held: its price is outside the band, its time far ahead."""
+BY_WEIGHT: Final = "state = 1, state = 2, kafka_offset DESC"
+"""Order in which the rows of one trade count: what a person decided before what the market confirmed, that before held; of equals the newer
+one (rows of a symbol are in one partition). A range that is fetched again is checked again, and its trades are told of as held again."""
 ANOMALIES: Final = ("bad_values", "bad_times", "held", "confirmed", "volume_spikes")
 _SCORE_COLUMNS: Final = ("score", "checks_passed", "checks_failed", *ANOMALIES, "band_low", "band_high")
 _TRADE_COLUMNS: Final = (
@@ -45,7 +48,7 @@ class SuspectFilter:
     reason: str = ""
     """One of ``REASONS``."""
     state: str = ""
-    """One of ``STATES``; the trade's newest."""
+    """One of ``STATES``; the trade's valid one."""
     since_us: int = 0
     """Traded at or after this, microseconds UTC."""
 
@@ -87,7 +90,7 @@ class Quality:
         return [_feed(key, history) for key, history in feeds.items()]
 
     async def suspects(self, wanted: SuspectFilter, *, limit: int) -> list[dict[str, Any]]:
-        """Trades that were ever held, each with its newest state, newest trade first."""
+        """Trades that were ever held, each with its valid state, newest trade first."""
         where, parameters = self._where({"exchange": wanted.exchange, "symbol": wanted.symbol})
         if wanted.trade_ids:
             where += " AND trade_id IN {ids:Array(Int64)}"
@@ -102,9 +105,10 @@ class Quality:
         if wanted.since_us:
             outer.append("exchange_time_us >= {since:Int64}")
             more["since"] = wanted.since_us
-        newest = f"SELECT * FROM quarantine WHERE {where} ORDER BY exchange, symbol, trade_id, kafka_offset DESC LIMIT 1 BY exchange, symbol, trade_id"
+        trade = "exchange, symbol, trade_id"
+        valid = f"SELECT * FROM quarantine WHERE {where} ORDER BY {trade}, {BY_WEIGHT} LIMIT 1 BY {trade}"
         sql = (
-            f"SELECT exchange, symbol, trade_id, {', '.join(_TRADE_COLUMNS)}, known_at_us FROM ({newest}) WHERE {' AND '.join(outer)}"
+            f"SELECT exchange, symbol, trade_id, {', '.join(_TRADE_COLUMNS)}, known_at_us FROM ({valid}) WHERE {' AND '.join(outer)}"
             f" ORDER BY exchange_time_us DESC, exchange, symbol, trade_id DESC LIMIT {{limit:UInt64}} {_SETTINGS}"
         )
         return await self._fetch(sql, parameters | more | {"limit": limit})
@@ -113,8 +117,8 @@ class Quality:
         """Trades of a symbol that are held back now, by exchange."""
         where, parameters = self._where({"symbol": symbol, "exchange": exchange})
         sql = (
-            "SELECT exchange, countIf(newest = 1) AS held FROM (SELECT exchange, trade_id, argMax(state, kafka_offset) AS newest"
-            f" FROM quarantine WHERE {where} GROUP BY exchange, trade_id) GROUP BY exchange {_SETTINGS}"
+            f"SELECT exchange, countIf(state = 1) AS held FROM (SELECT exchange, state FROM quarantine WHERE {where}"
+            f" ORDER BY exchange, trade_id, {BY_WEIGHT} LIMIT 1 BY exchange, trade_id) GROUP BY exchange {_SETTINGS}"
         )
         return {row["exchange"]: row["held"] for row in await self._fetch(sql, parameters)}
 

@@ -38,7 +38,7 @@ SUPERSEDED_BY: Final[Mapping[str, tuple[str, ...]]] = {
     "gaps": ("exchange", "symbol", "channel", "gap_id"),
     "quarantine": ("exchange", "symbol", "trade_id"),
 }
-"""Topics of which the newest row of a key is valid: publishing an old one again must not bring back what is over."""
+"""Topics of which one row of a key is valid, of equals the newest: publishing an old one again must not bring back what is over."""
 
 ReadRecord = Callable[[str, int, int], bytes | None]
 """``(topic, partition, offset) -> value``; None when the topic does not hold it any more."""

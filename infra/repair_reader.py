@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from api.quality import BY_WEIGHT
 from infra.symbol_reader import OUT_STATES, Neighbour, SymbolReader
 from processors.coverage import extent
 from processors.reconcile import STORED, Evidence, joined_runs
@@ -98,10 +99,10 @@ class RepairReader(SymbolReader):
         return _numpy(table)
 
     def held_back(self, start_us: int, end_us: int) -> tuple[Array, Array]:
-        """(ids, times) of trades in the range whose newest word is held or discarded; ids ascending."""
+        """(ids, times) of trades in the range whose valid word is held or discarded; ids ascending."""
         rows = self._rows(
             "SELECT trade_id, exchange_time_us FROM (SELECT trade_id, exchange_time_us, state FROM quarantine WHERE {of}"
-            " AND exchange_time_us >= {a:Int64} AND exchange_time_us < {b:Int64} ORDER BY trade_id, kafka_offset DESC LIMIT 1 BY trade_id)"
+            f" AND exchange_time_us >= {{a:Int64}} AND exchange_time_us < {{b:Int64}} ORDER BY trade_id, {BY_WEIGHT} LIMIT 1 BY trade_id)"
             f" WHERE state IN {OUT_STATES} ORDER BY trade_id",
             a=start_us,
             b=end_us,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
+from api.quality import BY_WEIGHT
 from processors.coverage import LedgerRow, newest
 from schemas.timeframes import MAX_TIME_US, US_PER_SECOND
 
@@ -16,9 +17,11 @@ _LOOK_US: Final = (_HOUR_US, 24 * _HOUR_US, 30 * 24 * _HOUR_US)
 OUT_STATES: Final = (1, 4)
 """Of quarantine: held, discarded. Such trades are not in bars."""
 _HELD_BACK: Final = (
-    "SELECT trade_id FROM (SELECT trade_id, exchange_time_us, state FROM quarantine WHERE {of}"
-    f" ORDER BY trade_id, kafka_offset DESC LIMIT 1 BY trade_id) WHERE state IN {OUT_STATES}"
+    f"SELECT trade_id FROM (SELECT trade_id, state FROM quarantine WHERE {{of}} ORDER BY trade_id, {BY_WEIGHT} LIMIT 1 BY trade_id)"
+    f" WHERE state IN {OUT_STATES}"
 )
+_IN_BARS: Final = f"trade_id NOT IN ({_HELD_BACK})"
+_FROM: Final = "exchange_time_us >= {t:Int64} AND exchange_time_us < {far:Int64}"
 _TRADES_CHANNEL: Final = 1
 
 
@@ -54,12 +57,15 @@ class SymbolReader:
 
     def before(self, time_us: int) -> Neighbour | None:
         """The last trade before a time that is not held back."""
-        where = f"exchange_time_us < {{t:Int64}} AND exchange_time_us >= {{far:Int64}} AND trade_id NOT IN ({_HELD_BACK})"
-        return self._neighbour(where, "DESC", time_us, -1)
+        return self._neighbour(f"exchange_time_us < {{t:Int64}} AND exchange_time_us >= {{far:Int64}} AND {_IN_BARS}", "DESC", time_us, -1)
 
     def after(self, time_us: int) -> Neighbour | None:
-        """The first trade at or after a time."""
-        return self._neighbour("exchange_time_us >= {t:Int64} AND exchange_time_us < {far:Int64}", "", time_us, 1)
+        """The first trade at or after a time, held back or not: its id bears witness that none before it is missing."""
+        return self._neighbour(_FROM, "", time_us, 1)
+
+    def after_in_bars(self, time_us: int) -> Neighbour | None:
+        """The first trade at or after a time that is not held back: so far flat bars carry the price before it on."""
+        return self._neighbour(f"{_FROM} AND {_IN_BARS}", "", time_us, 1)
 
     def ledger(self, start_us: int, end_us: int) -> list[LedgerRow]:
         """Valid rows of the coverage ledger that speak of ``[start_us, end_us)``."""

@@ -149,8 +149,8 @@ class BarShard:
     def _without_held(self, frame: Frame) -> tuple[Frame, Rows | None]:
         """The frame without trades that are held already, and the rows that are left (None: all).
 
-        They come again by a reconnect or a second replay. They are no witnesses of themselves, another source must not bring them into the
-        bars, and telling of them again would undo what a person has decided since.
+        They come again by a reconnect or a second replay. They are no witnesses of themselves, and another source must not bring them into
+        the bars. Trades of the past are not among those that are held here, and are told of each time they are fetched.
         """
         known = self._held.known(frame.symbols, frame.columns)
         if known is None:

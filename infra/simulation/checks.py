@@ -130,13 +130,15 @@ def _doubted(world: World, symbol: str) -> list[str]:
 
 
 def held_back(world: World, symbol: str) -> npt.NDArray[np.int64]:
-    """Ids of trades that the checks hold back from the bars: the newest word on them in the topic."""
+    """Ids of trades that the checks hold back from the bars: held in the topic, and nothing was decided on them; or discarded."""
     key = _key(symbol)
     states: dict[int, int] = {}
     for frame in world.frames.of("quarantine", partition_of(key, world.broker.partitions)):
         if frame is not None and key in frame.symbols:
             mine = frame.columns["symbol_code"] == frame.symbols.index(key)
-            states |= dict(zip(frame.columns["trade_id"][mine].tolist(), frame.columns["state"][mine].tolist(), strict=True))
+            for trade_id, state in zip(frame.columns["trade_id"][mine].tolist(), frame.columns["state"][mine].tolist(), strict=True):
+                if state != HELD or trade_id not in states:
+                    states[trade_id] = state
     return np.array(sorted(trade_id for trade_id, state in states.items() if state in _OUT), np.int64)
 
 

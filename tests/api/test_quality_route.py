@@ -41,7 +41,7 @@ async def history() -> MemoryHistory:
     return MemoryHistory(
         {
             "FROM quality": rows,
-            "countIf(newest = 1)": b'{"exchange":"binance","held":2}\n',
+            "countIf(state = 1)": b'{"exchange":"binance","held":2}\n',
             "FROM quarantine": json.dumps(SUSPECT).encode() + b"\n",
             "DISTINCT exchange": b"",
             "GROUP BY exchange": b"",
