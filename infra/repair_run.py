@@ -105,7 +105,7 @@ class SymbolRun:
             if extent is None:
                 ranges[job.id] = (job.start_us, job.start_us)
                 continue
-            after = reader.after(job.end_us)
+            after = reader.after_in_bars(job.end_us)
             last_us = max(extent[1] + 1, clock.close_us)
             end_us = max(job.end_us, min(after.time_us, job.end_us + _NEXT_TRADE_US)) if after is not None else last_us
             if after is None and moving and now - job.created_us < _NEXT_TRADE_US:

@@ -116,7 +116,7 @@ class FakeReader:
         """The worker's newest bar."""
         return self._clock
 
-    def after(self, _: int) -> Neighbour | None:
+    def after_in_bars(self, _: int) -> Neighbour | None:
         """The next trade."""
         return self._after
 
