@@ -59,7 +59,7 @@ class LedgerReader:
 
 def ledger_query(wanted: CoverageQuery) -> tuple[str, dict[str, Any]]:
     """SQL and parameters of the valid rows of feeds that touch a range; rows without an id each count."""
-    where = ["channel = {channel:Int8}", "start_time_us < {end:Int64}", "(evidence != 0 OR start_time_us >= {since:Int64})"]
+    where = ["channel = {channel:Int8}", "(evidence != 0 OR start_time_us >= {since:Int64})"]
     parameters: dict[str, Any] = {
         "channel": CHANNELS[wanted.channel],
         "start": wanted.start_us,
@@ -82,7 +82,8 @@ def ledger_query(wanted: CoverageQuery) -> tuple[str, dict[str, Any]]:
     )
     sql = (
         f"SELECT exchange, symbol, {', '.join(_COLUMNS)} FROM ({newest})"
-        " WHERE end_time_us >= {start:Int64} OR (end_time_us < start_time_us AND state != 0)"
+        # after the choice: what is left of a gap may begin behind the range, and then the row before it is no longer valid
+        " WHERE start_time_us < {end:Int64} AND (end_time_us >= {start:Int64} OR (end_time_us < start_time_us AND state != 0))"
         " ORDER BY exchange, symbol, kafka_offset LIMIT {limit:UInt64}"
         " SETTINGS output_format_json_quote_64bit_integers = 0"
     )
