@@ -34,8 +34,10 @@ def ledger_rows(
 ) -> list[LedgerRow]:
     """Rows to publish after every trade of ``[start_us, end_us)`` that the venue has was fetched.
 
-    Gaps that were open or given up are filled as far as the range goes and the venue had them; what is left of one keeps its id, further
-    parts get new ones. What is lacking and in no gap yet becomes one, unfillable. The range itself is complete; a gap in it counts more.
+    Gaps that were given up are filled as far as the range goes and the venue had them; what is left of one keeps its id, further parts get
+    new ones. An open gap is filled when all of it lies in the range. One that reaches beyond it stays as it is: its collector knows it by its
+    id alone, and would never end a part of it. What is lacking and in no gap yet becomes one, unfillable. The range itself is complete; a gap
+    in it counts more.
 
     Args:
         held: valid rows that touch the range.
@@ -51,6 +53,10 @@ def ledger_rows(
         if row.state not in (GAP_OPEN, GAP_UNFILLABLE) or row.gap_id < 0:
             continue
         first, last = row.start_time_us, MAX_TIME_US - 1 if row.end_time_us < row.start_time_us else row.end_time_us
+        if row.state == GAP_OPEN:
+            if start_us <= first and last < end_us:
+                found.append(_filled(row, rows, now_us))
+            continue
         left = [(first, min(last, start_us - 1))] if first < start_us else []
         inside = [(max(first, one.start_us), min(last, one.end_us)) for one in lacking if one.start_us <= last and one.end_us >= first]
         told += inside
@@ -58,17 +64,14 @@ def ledger_rows(
         if last >= end_us:
             left.append((max(first, end_us), last))
         if not left:
-            found.append(row._replace(state=GAP_FILLED, recovered=row.recovered + rows, receive_time_us=now_us))
+            found.append(_filled(row, rows, now_us))
             continue
         for place, (low, high) in enumerate(left):
-            is_inside = (low, high) in inside
             found.append(
                 row._replace(
                     gap_id=next(fresh) if place else row.gap_id,
                     start_time_us=low,
                     end_time_us=row.end_time_us if high == MAX_TIME_US - 1 else high,
-                    state=GAP_UNFILLABLE if is_inside else row.state,
-                    recovered=row.recovered,
                     receive_time_us=now_us,
                 )
             )
@@ -78,6 +81,10 @@ def ledger_rows(
     ]
     found.append(LedgerRow(next(fresh), start_us, end_us, GAP_COMPLETE, EVIDENCE, -1, -1, rows, now_us))
     return found
+
+
+def _filled(row: LedgerRow, rows: int, now_us: int) -> LedgerRow:
+    return row._replace(state=GAP_FILLED, recovered=row.recovered + rows, receive_time_us=now_us)
 
 
 def ledger_columns(rows: Sequence[LedgerRow]) -> dict[str, np.ndarray[Any, Any]]:

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
@@ -203,41 +202,6 @@ class Hasty(SystemClock):
     async def sleep(self, seconds: float) -> None:
         """A thousandth of it."""
         await asyncio.sleep(seconds / 1_000)
-
-
-def test_the_ledgers_of_a_backfill_add_up() -> None:
-    """Gaps inside are filled, those it only touches keep the rest, what is lacking is a gap; the range is complete but for them."""
-    from hypothesis import given
-    from hypothesis import settings as hypothesis_settings
-    from hypothesis import strategies as st
-
-    from infra.backfill_ledger import Lacking, ledger_rows
-    from processors.coverage import LedgerRow, covered_ranges, newest
-
-    spans = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 20)), max_size=4)
-
-    @hypothesis_settings(max_examples=80, deadline=None)
-    @given(gaps=spans, lacks=spans, start=st.integers(10, 40), length=st.integers(1, 50))
-    def check(gaps: list[tuple[int, int]], lacks: list[tuple[int, int]], start: int, length: int) -> None:
-        end = start + length
-        held = [LedgerRow(place + 1, at, at + size, 3 if place % 2 else 1, 1) for place, (at, size) in enumerate(gaps)]
-        lacking = [
-            Lacking(1, 2, max(at, start), min(at + size, end - 1)) for at, size in lacks if max(at, start) <= min(at + size, end - 1)
-        ]
-        touching = [row for row in held if row.start_time_us < end and row.end_time_us >= start]
-        rows = [*held, *ledger_rows(touching, start, end, lacking, 7, 10**15)]
-        assert len({row.gap_id for row in newest(rows)}) == len(newest(rows))
-        moments = np.arange(start, end)
-        found = covered_ranges(rows, moments, moments + 1)
-        for moment, is_covered in zip(moments.tolist(), found.tolist(), strict=True):
-            assert is_covered == (not any(one.start_us <= moment <= one.end_us for one in lacking))
-        outside = [moment for moment in range(0, 120) if not start <= moment < end]
-        for moment in outside:
-            was = any(row.start_time_us <= moment <= row.end_time_us for row in held)
-            now = any(row.state in (1, 3) and row.start_time_us <= moment <= row.end_time_us for row in newest(rows))
-            assert was == now
-
-    check()
 
 
 class Past(SystemClock):
