@@ -175,8 +175,7 @@ class RepairProcess:
 
     async def _look(self, due: Sequence[Job]) -> None:
         """Look at the due jobs of one symbol; what fails is noted and tried again, later each time."""
-        ids = [job.id for job in due]
-        await self._jobs.save(ids, state="running")
+        await self._jobs.save(due, state="running")
         try:
             await self._reconcile(due)
         except asyncio.CancelledError:
@@ -195,7 +194,7 @@ class RepairProcess:
             )
             FAILED.inc()
             wait_us = _BACKOFF_US[min(max(job.attempts for job in due), len(_BACKOFF_US) - 1)]
-            await self._jobs.save(ids, state="pending", due_us=self._clock.now_us() + wait_us, note=note, failed=True)
+            await self._jobs.save(due, state="pending", due_us=self._clock.now_us() + wait_us, note=note, failed=True)
         else:
             self._trouble.pop("repair", None)
 
@@ -205,7 +204,7 @@ class RepairProcess:
         since_us = max(max(job.created_us for job in due) + _US, self._published_us.get(key, 0))
         behind = "" if self._settler.covers(partition, since_us) else await self._settler.settle(partition)
         if behind:
-            await self._jobs.save([job.id for job in due], state="pending", due_us=self._clock.now_us() + _LOOK_AGAIN_US, note=behind)
+            await self._jobs.save(due, state="pending", due_us=self._clock.now_us() + _LOOK_AGAIN_US, note=behind)
             return
         run = await asyncio.to_thread(self._run_of, due[0])
         plan = await asyncio.to_thread(run.plan, due)
@@ -219,9 +218,7 @@ class RepairProcess:
             done_us = piece.done_us if waits_us is None else waits_us - 1
             for job in due:
                 until_us = max(done_us, job.until_us)
-                await self._jobs.save(
-                    [job.id], state="running", until_us=until_us, checked=outcome.checked, revised=len(outcome.rows["open"])
-                )
+                await self._jobs.save([job], state="running", until_us=until_us, checked=outcome.checked, revised=len(outcome.rows["open"]))
             if waits_us is not None or self._stopped.is_set():
                 break
         CHECKED.inc(checked)
@@ -235,7 +232,7 @@ class RepairProcess:
 
     async def _end_look(self, job: Job, left_us: int | None, until_us: int, moving: bool, waits_us: int | None) -> None:
         if left_us is None:
-            await self._jobs.save([job.id], state="done", until_us=until_us)
+            await self._jobs.save([job], state="done", until_us=until_us)
             JOBS.labels(job.reason).inc()
             return
         from infra.repair_run import SETTLE_US
@@ -248,7 +245,7 @@ class RepairProcess:
             note, due_us = "Bars that are still open.", min(max(left_us + SETTLE_US, now_us + _US), now_us + _LONGEST_US)
         else:
             note, due_us = "Bars that are still open; nothing moves.", min(max(left_us + SETTLE_US, now_us + _US), now_us + _STILL_US)
-        await self._jobs.save([job.id], state="pending", due_us=due_us, until_us=until_us, note=note)
+        await self._jobs.save([job], state="pending", due_us=due_us, until_us=until_us, note=note)
 
     def _run_of(self, job: Job) -> SymbolRun:
         # here, not at the top: Arrow, the ClickHouse client and the kernel are 120 MB that a stack without repairs does not need

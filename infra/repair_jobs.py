@@ -82,14 +82,16 @@ class RepairJobs(Database):
         self._prefix = settings.kafka.topic_prefix
 
     async def add(self, wanted: Sequence[Wanted]) -> list[int]:
-        """Store jobs; their ids in order. A trigger that has a job widens it where it asks for more, and that is worked on again."""
-        sql = """
+        """Store jobs; their ids in order. A trigger that has a job widens it where it asks for more, and that is a new job under its id."""
+        wider = "excluded.start_us < r.start_us OR excluded.end_us > r.end_us"
+        sql = f"""
             INSERT INTO repairs AS r (topic_prefix, exchange, symbol, start_us, end_us, reason, trigger) VALUES ($1, $2, $3, $4, $5, $6, $7)
             ON CONFLICT (topic_prefix, exchange, symbol, trigger) DO UPDATE SET
                 start_us = least(r.start_us, excluded.start_us), end_us = greatest(r.end_us, excluded.end_us), updated_at = now(),
-                state = CASE WHEN excluded.start_us < r.start_us OR excluded.end_us > r.end_us THEN 'pending' ELSE r.state END,
-                until_us = CASE WHEN excluded.start_us < r.start_us OR excluded.end_us > r.end_us THEN 0 ELSE r.until_us END,
-                due_us = CASE WHEN excluded.start_us < r.start_us OR excluded.end_us > r.end_us THEN 0 ELSE r.due_us END
+                state = CASE WHEN {wider} THEN 'pending' ELSE r.state END,
+                until_us = CASE WHEN {wider} THEN 0 ELSE r.until_us END,
+                due_us = CASE WHEN {wider} THEN 0 ELSE r.due_us END,
+                created_at = CASE WHEN {wider} THEN now() ELSE r.created_at END
             RETURNING id
         """
         ids = []
@@ -116,7 +118,7 @@ class RepairJobs(Database):
 
     async def save(
         self,
-        ids: Sequence[int],
+        jobs: Sequence[Job],
         *,
         state: str,
         due_us: int = 0,
@@ -126,12 +128,19 @@ class RepairJobs(Database):
         note: str = "",
         failed: bool = False,
     ) -> None:
-        """Write how far jobs are. ``checked`` and ``revised`` are added; ``failed`` counts one more failure in a row, else it is none."""
-        sql = """
-            UPDATE repairs SET state = $2, due_us = $3, until_us = coalesce($4, until_us), checked = checked + $5, revised = revised + $6,
-                note = $7, attempts = CASE WHEN $8 THEN attempts + 1 ELSE 0 END, updated_at = now() WHERE id = ANY($1::bigint[])
+        """Write how far jobs are. ``checked`` and ``revised`` are added; ``failed`` counts one more failure in a row, else it is none.
+
+        A job that was widened since it was read is due from its start on whatever is said of it: what was done is not all of it.
         """
-        await self.run("execute", sql, list(ids), state, due_us, until_us, checked, revised, note, failed)
+        same = "(r.start_us, r.end_us) = (was.start_us, was.end_us)"
+        sql = f"""
+            UPDATE repairs AS r SET state = CASE WHEN {same} THEN $4 ELSE 'pending' END, due_us = CASE WHEN {same} THEN $5::bigint ELSE 0 END,
+                until_us = CASE WHEN {same} THEN coalesce($6::bigint, r.until_us) ELSE 0 END, checked = checked + $7, revised = revised + $8,
+                note = $9, attempts = CASE WHEN $10 THEN attempts + 1 ELSE 0 END, updated_at = now()
+            FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS was (id, start_us, end_us) WHERE r.id = was.id
+        """
+        read = [job.id for job in jobs], [job.start_us for job in jobs], [job.end_us for job in jobs]
+        await self.run("execute", sql, *read, state, due_us, until_us, checked, revised, note, failed)
 
     async def get(self, job_id: int) -> Job | None:
         """One job of this stack."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -16,6 +17,7 @@ from polars.testing import assert_frame_equal
 
 from infra.cli.main import main
 from infra.export import export
+from infra.repair_jobs import RepairJobs, Wanted
 from infra.replay import replay_file
 from schemas.frames import END_OF_SOURCE, GAP_FILLED, GAP_UNFILLABLE, HISTORY
 from tests.integration.conftest import RunningStack
@@ -224,3 +226,20 @@ async def test_a_trade_that_is_taken_out_or_let_in_revises_its_bar_and_commands_
         assert await asyncio.to_thread(main, wrong) == 2
         assert word in capsys.readouterr().err
     feed.close()
+
+
+async def test_a_job_that_is_widened_while_it_is_worked_on_is_worked_on_again(stack: RunningStack, topic_prefix: str) -> None:
+    """What is saved of the part that was read does not count for the whole: it is due from its start on, as if it were new."""
+    narrow = Wanted(exchange="binance", symbol="WIDE-USDT", start_us=START_US, end_us=START_US + 1, reason="gap_filled", trigger="gaps/0/1")
+    async with RepairJobs(stack.with_prefix(topic_prefix)) as jobs:
+        await jobs.add([narrow])
+        read = await jobs.due(START_US)
+        await jobs.save(read, state="running", until_us=START_US, checked=3)
+        assert await jobs.add([replace(narrow, end_us=START_US + SECOND)]) == [read[0].id]
+        for state in ("running", "done"):
+            await jobs.save(read, state=state, due_us=START_US + SECOND, until_us=START_US + SECOND, checked=1)
+        (again,) = await jobs.due(START_US)
+        assert (again.state, again.due_us, again.until_us, again.end_us, again.checked) == ("pending", 0, 0, START_US + SECOND, 5)
+        assert again.created_us > read[0].created_us  # it waits for what was published since
+        await jobs.save([again], state="done", until_us=START_US + SECOND)
+        assert (await jobs.due(START_US), (await jobs.get(again.id) or again).state) == ([], "done")
