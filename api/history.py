@@ -16,6 +16,7 @@ import msgspec
 from api import queries
 from api.deps import ApiLimits, HistoryStore
 from api.errors import Problem, StoreUnavailableError
+from api.live.filters import Shown
 from api.live.series import Seed, SeriesKey
 from api.queries import Page, Query
 from api.rows import KEY
@@ -164,11 +165,11 @@ class History:
             listed.append((row.open_time_us or row.trade_id, row.revision, line.decode()))
         return Seed(offset, listed, not found.more)
 
-    async def known(self, key: SeriesKey, keys: Sequence[int], before: int) -> dict[int, int]:
+    async def known(self, key: SeriesKey, keys: Sequence[int], before: int) -> dict[int, Shown]:
         """See Knowledge.known."""
         answer = await self._translated(self.fetch(queries.known_keys(key, keys, before), "TSV"))
-        pairs = (line.split(b"\t") for line in answer.splitlines())
-        return {int(one): int(revision) for one, revision in pairs}
+        found = ([int(part) for part in line.split(b"\t")] for line in answer.splitlines())
+        return {one: Shown(revision, input_offset, bool(repaired)) for one, revision, input_offset, repaired in found}
 
     async def after(self, key: SeriesKey, floor_key: int, until_us: int, before: int, limit: int) -> list[tuple[int, str]]:
         """See Knowledge.after."""

@@ -110,13 +110,15 @@ def applied(channel: str, partition: int, at_least: int = 0) -> Query:
 
 
 def known_keys(key: SeriesKey, keys: Sequence[int], before: int) -> Query:
-    """(key, newest revision) of those ``keys`` that are stored."""
+    """(key, newest revision, largest input offset of its rows, whether the repair's is among them) of those ``keys`` that are stored."""
     where, parameters = series_where(key)
     name = KEY[key.channel]
-    revision = "max(revision)" if key.timeframe_s else "0"
     parameters |= {"keys": list(keys), "before": before}
-    sql = f"SELECT {name}, {revision} FROM {key.channel} WHERE {where} AND {name} IN {{keys:Array(Int64)}} AND kafka_offset < {{before:UInt64}}"
-    return f"{sql} GROUP BY {name}", parameters
+    where += f" AND {name} IN {{keys:Array(Int64)}} AND kafka_offset < {{before:UInt64}}"
+    if not key.timeframe_s:
+        return f"SELECT {name}, 0, -1, 0 FROM {key.channel} WHERE {where} GROUP BY {name}", parameters
+    rows = f"SELECT {name}, revision, max(input_offset), max(input_offset < 0) FROM {key.channel} WHERE {where} GROUP BY {name}, revision"
+    return f"{rows} ORDER BY {name}, revision DESC LIMIT 1 BY {name}", parameters
 
 
 def due_rows(key: SeriesKey, floor_key: int, until_us: int, before: int, limit: int) -> Query:

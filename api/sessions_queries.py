@@ -80,7 +80,7 @@ def _market(key: SeriesKey, from_us: int, stop_us: int) -> Query:
     where, parameters = series_where(key)
     where += f" AND known_at_us <= {{known:Int64}} AND {time} >= {{first:Int64}} AND {time} < {{last:Int64}}"
     appear = "close_time_us" if width_us else time
-    distinct = f"ORDER BY {name}, revision DESC LIMIT 1 BY {name}" if width_us else ""
+    distinct = f"ORDER BY {name}, revision DESC, kafka_offset DESC LIMIT 1 BY {name}" if width_us else ""  # as api.queries pages
     sql = f"SELECT {appear} AS a, toInt64(0) AS t, {_revision(key)} AS r, {COLUMNS[channel]} FROM {channel} WHERE {where} {distinct}"
     return sql, parameters | {"first": from_us - width_us, "last": stop_us - width_us}
 

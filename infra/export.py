@@ -97,8 +97,8 @@ def export(
         timeframe: of bars.
         start_us: exchange time of a trade, open time of a bar: from here on.
         end_us: up to but without this.
-        known_at_us: what was known then: trades and revisions published later are left out. Rows of a release that did not note the time
-            count as known from the beginning.
+        known_at_us: what was known then: trades and revisions published later are left out. Trades of a release that did not note the
+            time count as known from the beginning, its bars from their close on.
         file_format: ``csv``, ``parquet`` or ``arrow`` (IPC file). Floats in CSV are the shortest text that reads back to the same bits.
         progress: told (rows written, rows to write in all) after each page.
 
@@ -160,6 +160,8 @@ class _Query:
         if known_at_us is not None:
             self._parameters["t"] = known_at_us
             where.append("known_at_us <= {t:Int64}")
+            if self.is_bars:  # a release that did not note the time published a bar no sooner than it closed
+                where.append("(known_at_us > 0 OR close_time_us <= {t:Int64})")
         for limit, sign, name in ((start_us, ">=", "a"), (end_us, "<", "b")):
             if limit is not None:
                 self._parameters[name] = limit

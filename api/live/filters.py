@@ -1,6 +1,6 @@
-"""What was seen already: rows of a topic in, a verdict per row out, so that a client gets each trade and each (bar, revision) once.
+"""What was seen already: rows of a topic in, a verdict per row out, so that a client gets each trade and each row of a bar once.
 
-Producers deliver at least once and files are replayed twice: the same trade id, the same bar revision may stand in a topic several times.
+Producers deliver at least once and files are replayed twice: the same trade id, the same row of a bar may stand in a topic several times.
 The first one counts. Memory is bounded, so a filter knows everything above its ``floor`` and answers UNKNOWN below it; the caller then asks
 ClickHouse, which knows all, and tells :meth:`learn`.
 """
@@ -8,16 +8,18 @@ ClickHouse, which knows all, and tells :meth:`learn`.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Final
+from typing import Final, NamedTuple
 
 MAX_INTERVALS: Final = 2_048
 """Gaps in trade ids a series remembers: 2,048 pairs are 130 kB; ids of most venues have none."""
 MAX_BARS: Final = 1_024
-"""Final bars whose revision a series remembers: 17 minutes of 1 s bars, well over the window in which bars are revised."""
+"""Final bars whose rows a series remembers: 17 minutes of 1 s bars, well over the window in which bars are revised."""
 MAX_LATE: Final = 4_096
 """Rows below the floor that a series admitted itself; the store learns of them within a second, long before they are pushed out."""
+_UNSURE: Final = -2
+"""In place of an input offset: a row of the snapshot, which does not say who made it."""
 
 
 class Verdict(Enum):
@@ -108,8 +110,28 @@ class TradeFilter:
                 del starts[0], ends[0]
 
 
+class Shown(NamedTuple):
+    """Which final rows of a bar were seen, of their newest revision."""
+
+    revision: int
+    input_offset: int = -1
+    """Largest input of the worker's rows; -1: none is the worker's."""
+    repaired: bool = False
+    """Whether the repair's row is among them."""
+
+    def is_news(self, revision: int, input_offset: int) -> bool:
+        """Whether a row that was made of that input (-1: by the repair) was not seen yet, and replaces what was.
+
+        The repair and the worker may publish one revision each: a bar the repair closed while the worker was away. The later one is valid.
+        Each sends its own again only as it was: the worker's inputs ascend, the repair looks at what is stored before it publishes.
+        """
+        if revision != self.revision:
+            return revision > self.revision
+        return input_offset > self.input_offset if input_offset >= 0 else not self.repaired
+
+
 class BarFilter:
-    """Newest revision seen of each final bar, by open time, and the open bar's state.
+    """Rows seen of each final bar, by open time, and the open bar's state.
 
     Args:
         floor_us: bars that open at or before this time are not known here. ``None``: nothing came before.
@@ -118,35 +140,36 @@ class BarFilter:
     def __init__(self, floor_us: int | None = None) -> None:
         self.floor = floor_us
         self.newest_us: int | None = None
-        self._revisions: dict[int, int] = {}
-        self._late: dict[int, int] = {}
-        self._learnt: dict[int, int] = {}
+        self._shown: dict[int, Shown] = {}
+        self._late: dict[int, Shown] = {}
+        self._learnt: dict[int, Shown | None] = {}
         self._open_us = -(2**63)
         self._open_input = -1
 
-    def judge(self, open_time_us: int, revision: int) -> Verdict:
+    def judge(self, open_time_us: int, revision: int, input_offset: int) -> Verdict:
         """The verdict on a final row; changes nothing."""
-        known = self._revisions.get(open_time_us)
-        if known is None and open_time_us in self._learnt:
-            known = max(self._learnt[open_time_us], self._late.get(open_time_us, -1))
-        if known is not None:
-            return Verdict.FRESH if revision > known else Verdict.DUPLICATE
-        if revision <= self._late.get(open_time_us, -1):
+        known = self._known(open_time_us)
+        if known is not None and not known.is_news(revision, input_offset):
             return Verdict.DUPLICATE
-        if self.floor is not None and open_time_us <= self.floor:
-            return Verdict.UNKNOWN
-        return Verdict.FRESH
+        if open_time_us in self._learnt:
+            return Verdict.FRESH
+        if open_time_us in self._shown:
+            unsure = known is not None and known.input_offset == _UNSURE and known.revision == revision
+            return Verdict.UNKNOWN if unsure else Verdict.FRESH
+        return Verdict.UNKNOWN if self.floor is not None and open_time_us <= self.floor else Verdict.FRESH
 
-    def admit(self, open_time_us: int, revision: int) -> bool:
+    def admit(self, open_time_us: int, revision: int, input_offset: int) -> bool:
         """Note a final row as seen; whether it was fresh. UNKNOWN counts as seen unless it was learnt."""
-        if self.judge(open_time_us, revision) is not Verdict.FRESH:
+        if self.judge(open_time_us, revision, input_offset) is not Verdict.FRESH:
             return False
+        row = Shown(revision, max(input_offset, -1), input_offset < 0)
+        seen = _joined(self._known(open_time_us), row)
         if self.floor is not None and open_time_us <= self.floor:
-            self._late[open_time_us] = revision
+            self._late[open_time_us] = seen
             if len(self._late) > MAX_LATE:
                 del self._late[next(iter(self._late))]
             return True
-        self._note(open_time_us, revision)
+        self._note(open_time_us, seen)
         return True
 
     def admit_open(self, open_time_us: int, input_offset: int) -> bool:
@@ -159,21 +182,34 @@ class BarFilter:
         self._open_input = input_offset
         return True
 
-    def learn(self, asked: Iterable[int], seen: dict[int, int]) -> None:
-        """Take over what ClickHouse said about unknown open times: newest revision stored, if any."""
-        self._learnt = {open_time_us: seen.get(open_time_us, -1) for open_time_us in asked}
+    def learn(self, asked: Iterable[int], seen: Mapping[int, Shown]) -> None:
+        """Take over what ClickHouse said about unknown open times: rows stored, if any."""
+        self._learnt = {open_time_us: seen.get(open_time_us) for open_time_us in asked}
 
     def seed(self, bars: Iterable[tuple[int, int]]) -> None:
-        """Note ``(open_time_us, revision)`` as seen."""
+        """Note ``(open_time_us, revision)`` as seen; which rows of the revision they were only the store knows."""
         for open_time_us, revision in bars:
             if self.floor is None or open_time_us > self.floor:
-                self._note(open_time_us, max(revision, self._revisions.get(open_time_us, -1)))
+                self._note(open_time_us, Shown(revision, _UNSURE))
 
-    def _note(self, open_time_us: int, revision: int) -> None:
-        self._revisions[open_time_us] = revision
+    def _known(self, open_time_us: int) -> Shown | None:
+        known = self._shown.get(open_time_us) or self._late.get(open_time_us)
+        learnt = self._learnt.get(open_time_us)
+        return known if learnt is None else _joined(known, learnt)
+
+    def _note(self, open_time_us: int, seen: Shown) -> None:
+        self._shown[open_time_us] = seen
         if self.newest_us is None or open_time_us > self.newest_us:
             self.newest_us = open_time_us
-        if len(self._revisions) > MAX_BARS:
-            oldest = next(iter(self._revisions))  # first noted; min() would cost 20 us a bar
+        if len(self._shown) > MAX_BARS:
+            oldest = next(iter(self._shown))  # first noted; min() would cost 20 us a bar
             self.floor = oldest if self.floor is None else max(self.floor, oldest)
-            del self._revisions[oldest]
+            del self._shown[oldest]
+
+
+def _joined(known: Shown | None, more: Shown) -> Shown:
+    if known is None or known.revision < more.revision:
+        return more
+    if known.revision > more.revision:
+        return known
+    return Shown(known.revision, max(known.input_offset, more.input_offset), known.repaired or more.repaired)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from api.live.filters import Shown
 from api.live.series import Seed, SeriesKey
 
 
@@ -18,8 +19,8 @@ class Knowledge(Protocol):
         """
         ...
 
-    async def known(self, key: SeriesKey, keys: Sequence[int], before: int) -> dict[int, int]:
-        """Those of ``keys`` (trade ids, open times) that records before ``before`` have put into the store, with the newest revision."""
+    async def known(self, key: SeriesKey, keys: Sequence[int], before: int) -> dict[int, Shown]:
+        """Those of ``keys`` (trade ids, open times) that records before ``before`` have put into the store, with the rows of the newest revision."""
         ...
 
     async def after(self, key: SeriesKey, floor_key: int, until_us: int, before: int, limit: int) -> list[tuple[int, str]]:

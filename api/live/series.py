@@ -7,14 +7,14 @@ must be shown (snapshot) and the last messages (log), so that a reconnect needs 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
 from api.cursors import LiveCursor, Position
-from api.live.filters import BarFilter, TradeFilter, Verdict
+from api.live.filters import BarFilter, Shown, TradeFilter, Verdict
 from api.rows import BarRow, TradeRow, bar_row, rows_json, trade_row
 from schemas.timeframes import timeframe_name
 
@@ -134,7 +134,7 @@ class Series:
         self.position = Position(seed.offset)
         self.log_start = max(self.position, self.deliver_from)
 
-    def unknown(self, offset: int, rows: Iterable[tuple[int, Sequence[Any]]]) -> list[int]:
+    def unknown(self, offset: int, input_offset: int, rows: Iterable[tuple[int, Sequence[Any]]]) -> list[int]:
         """Keys of final rows of the record at ``offset`` that only ClickHouse can judge; none after it was asked about this record."""
         if offset == self._learnt_offset:
             return []
@@ -142,14 +142,14 @@ class Series:
         self._learnt_offset = -1
         if self.key.timeframe_s:
             judge = self._bars.judge
-            return [row[0] for _, row in rows if row[14] and judge(row[0], row[13]) is Verdict.UNKNOWN]
+            return [row[0] for _, row in rows if row[14] and judge(row[0], row[13], input_offset) is Verdict.UNKNOWN]
         floor, judge_trade = self._trades.floor, self._trades.judge
         if floor is None:
             return []
         return [row[0] for _, row in rows if row[0] <= floor and judge_trade(row[0]) is Verdict.UNKNOWN]
 
-    def learn(self, offset: int, asked: Sequence[int], seen: dict[int, int]) -> None:
-        """What ClickHouse said about those keys of the record at ``offset``: stored ones with their newest revision."""
+    def learn(self, offset: int, asked: Sequence[int], seen: Mapping[int, Shown]) -> None:
+        """What ClickHouse said about those keys of the record at ``offset``: stored ones with the rows of their newest revision."""
         self._learnt_offset = offset
         if self.key.timeframe_s:
             self._bars.learn(asked, seen)
@@ -184,7 +184,7 @@ class Series:
         silent_below = self._silent_below(offset)
         for index, values in rows:
             open_time_us, revision, final = values[0], values[13], values[14] != 0
-            fresh = self._bars.admit(open_time_us, revision) if final else self._bars.admit_open(open_time_us, input_offset)
+            fresh = self._bars.admit(open_time_us, revision, input_offset) if final else self._bars.admit_open(open_time_us, input_offset)
             if not fresh:
                 self.dropped_duplicates += final
                 continue

@@ -132,7 +132,7 @@ class Tail:
         """As :meth:`feed`; with ``live`` series that need ClickHouse are handed to ``needs_history`` and follow no longer."""
         stuck: list[tuple[Series, list[int]]] = []
         for series, rows in rows_of(frame, self.topic, wanted):
-            if record.offset >= series.position.offset and (keys := series.unknown(record.offset, rows)):
+            if record.offset >= series.position.offset and (keys := series.unknown(record.offset, frame.input_offset, rows)):
                 stuck.append((series, keys))
                 if live:
                     series.advance(record.offset)

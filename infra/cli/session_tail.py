@@ -26,6 +26,8 @@ from schemas.topics import topic as topic_of
 TOPICS: Final = ("trades", "bars")
 _POLL_S: Final = 0.25
 _READ_ROWS: Final = 20_000
+_DAY_US: Final = 86_400_000_000
+"""Length of the longest bars: so long before it appears a bar may open."""
 _Place = tuple[int, int, str, str, int, int]
 """Virtual time, tie, exchange, symbol, key and timeframe of the row before."""
 
@@ -86,14 +88,17 @@ def _read(client: Any, topic: str, session: Session, after: _Place, now_us: int)
     listed = ", ".join([*names, "timeframe_s"] if is_bars else names)
     tie = "toInt64(kafka_offset)" if session.clock == KNOWN else "toInt64(0)"
     appear = f"greatest(known_at_us, {time})" if session.clock == KNOWN else "close_time_us" if is_bars else time
+    if is_bars and session.clock == KNOWN:  # a release that did not note the time published a bar no sooner than it closed
+        appear = f"if(known_at_us > 0, {appear}, close_time_us)"
     select = f"SELECT {appear} AS a_us, {tie} AS t_at, {key} AS k_id, {frame} AS f_s, {listed}, kafka_partition, kafka_offset FROM {topic}"
     select += " WHERE known_at_us <= {known:Int64}"
     if session.clock == KNOWN:
         # two disjoint reads, each cut short by an index of its own, as in api.sessions_queries
-        inner = f"{select} AND known_at_us >= {{a:Int64}} UNION ALL {select} AND known_at_us < {{a:Int64}} AND {time} >= {{a:Int64}}"
+        first = f"{{a:Int64}} - {_DAY_US if is_bars else 0}"
+        inner = f"{select} AND known_at_us >= {{a:Int64}} UNION ALL {select} AND known_at_us < {{a:Int64}} AND {time} >= {first}"
     elif is_bars:
-        first = f"{select} AND open_time_us >= {{a:Int64}} - 86400000000"
-        inner = f"{first} ORDER BY revision DESC LIMIT 1 BY exchange, symbol, timeframe_s, open_time_us"
+        reach = f"{select} AND open_time_us >= {{a:Int64}} - {_DAY_US}"
+        inner = f"{reach} ORDER BY revision DESC, kafka_offset DESC LIMIT 1 BY exchange, symbol, timeframe_s, open_time_us"
     else:
         inner = f"{select} AND exchange_time_us >= {{a:Int64}}"
     sql = (

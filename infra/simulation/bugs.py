@@ -601,8 +601,8 @@ def _not_recognised() -> Iterator[None]:
 def _revision_dropped() -> Iterator[None]:
     right = BarFilter.admit
 
-    def wrong(self: BarFilter, open_time_us: int, revision: int) -> bool:
-        return right(self, open_time_us, revision) and revision == 0
+    def wrong(self: BarFilter, open_time_us: int, revision: int, input_offset: int) -> bool:
+        return right(self, open_time_us, revision, input_offset) and revision == 0
 
     with _swapped(BarFilter, "admit", wrong):
         yield

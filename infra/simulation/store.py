@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from api.errors import StoreUnavailableError
+from api.live.filters import Shown
 from api.live.series import Seed, SeriesKey
 from api.rows import FIELDS, bar_row, row_json, trade_row
 from infra.simulation.loop import PROCESS
@@ -180,11 +181,17 @@ class SimKnowledge:
         keys = sorted(found)[-rows:] if rows else []
         return Seed(offset, [(one, found[one][0], found[one][1]) for one in keys], len(found) <= rows)
 
-    async def known(self, key: SeriesKey, keys: Sequence[int], before: int) -> dict[int, int]:
+    async def known(self, key: SeriesKey, keys: Sequence[int], before: int) -> dict[int, Shown]:
         """See Knowledge."""
         await self._ask()
         found = self._newest(key, before)
-        return {one: found[one][0] for one in keys if one in found}
+        if not key.timeframe_s:
+            return {one: Shown(0) for one in keys if one in found}
+        rows = self._store.rows(key.channel, key.instrument)
+        mine = (rows["kafka_offset"] < before) & (rows["timeframe_s"] == key.timeframe_s)
+        opens, revisions, inputs = (rows[name][mine] for name in ("open_time_us", "revision", "input_offset"))
+        made_of = {one: inputs[(opens == one) & (revisions == found[one][0])] for one in keys if one in found}
+        return {one: Shown(found[one][0], int(made.max()), bool((made < 0).any())) for one, made in made_of.items()}
 
     async def after(self, key: SeriesKey, floor_key: int, until_us: int, before: int, limit: int) -> list[tuple[int, str]]:
         """See Knowledge."""
@@ -210,6 +217,6 @@ class SimKnowledge:
             revision = values[names.index("revision")] if key.timeframe_s else 0
             time_us = values[0] if key.timeframe_s else values[names.index("exchange_time_us")]
             before_this = found.get(values[0])
-            if before_this is None or before_this[0] < revision:
+            if before_this is None or before_this[0] <= revision:
                 found[values[0]] = (revision, row_json(encode(values)), time_us)
         return found

@@ -15,6 +15,7 @@ import numpy as np
 
 from api.deps import Record
 from api.errors import PositionLostError, StoreUnavailableError
+from api.live.filters import Shown
 from api.live.series import Seed, SeriesKey
 from api.rows import BAR_FIELDS, TRADE_FIELDS, bar_row, row_json, trade_row
 from schemas.codec import FrameCodec
@@ -125,6 +126,10 @@ class MemoryKafka:
         log.append(CODECS[topic].encode(frame))
         return len(log) - 1
 
+    def frame(self, topic: str, offset: int) -> Frame:
+        """What was produced at an offset of the first partition."""
+        return CODECS[topic].decode(self.log(topic)[offset])
+
     def hand(self, topic: str, partition: int = 0, count: int | None = None) -> None:
         """Deliver the next ``count`` records of the partition (all by default) to the hub."""
         log, place = self.log(topic, partition), (topic, partition)
@@ -183,7 +188,7 @@ class MemoryStore:
         self.stored[topic] = end if count is None else min(end, self.stored[topic] + count)
 
     def rows(self, key: SeriesKey, before: int) -> list[tuple[int, int, int, str]]:
-        """(key, revision, offset, JSON) of final rows stored, each (key, revision) once, in topic order."""
+        """(key, revision, offset, JSON) of final rows stored, each once, in topic order."""
         return [row for row in truth(self.kafka, key) if row[2] < min(before, self.stored[key.channel])]
 
     async def seed(self, key: SeriesKey, before: int | None, rows: int) -> Seed:
@@ -191,17 +196,17 @@ class MemoryStore:
         offset = self.stored[key.channel] if before is None else min(before, self.stored[key.channel])
         newest: dict[int, tuple[int, int, str]] = {}
         for one, revision, _, text in self.rows(key, offset):
-            if one not in newest or revision > newest[one][1]:
+            if one not in newest or revision >= newest[one][1]:
                 newest[one] = (one, revision, text)
         listed = [newest[one] for one in sorted(newest)]
         return Seed(offset, listed[-rows:], len(listed) <= rows)
 
-    async def known(self, key: SeriesKey, keys: Sequence[int], before: int) -> dict[int, int]:
+    async def known(self, key: SeriesKey, keys: Sequence[int], before: int) -> dict[int, Shown]:
         await self._answer()
-        found: dict[int, int] = {}
-        for one, revision, _, _ in self.rows(key, before):
+        found: dict[int, Shown] = {}
+        for one, revision, offset, _ in self.rows(key, before):
             if one in keys:
-                found[one] = max(revision, found.get(one, -1))
+                found[one] = seen(found.get(one), revision, self.kafka.frame(key.channel, offset).input_offset)
         return found
 
     async def after(self, key: SeriesKey, floor_key: int, until_us: int, before: int, limit: int) -> list[tuple[int, str]]:
@@ -209,7 +214,7 @@ class MemoryStore:
         time = "open_time_us" if key.timeframe_s else "exchange_time_us"
         newest: dict[int, tuple[int, str]] = {}
         for one, revision, _, text in self.rows(key, before):
-            if one > floor_key and json.loads(text)[time] >= until_us and (one not in newest or revision > newest[one][0]):
+            if one > floor_key and json.loads(text)[time] >= until_us and (one not in newest or revision >= newest[one][0]):
                 newest[one] = (revision, text)
         return [(one, newest[one][1]) for one in sorted(newest)][:limit]
 
@@ -219,9 +224,16 @@ class MemoryStore:
             raise StoreUnavailableError("clickhouse", "ClickHouse is away.")
 
 
+def seen(before: Shown | None, revision: int, input_offset: int) -> Shown:
+    """What is known of a bar after a further row of it."""
+    if before is None or before.revision < revision:
+        return Shown(revision, input_offset, input_offset < 0)
+    return Shown(revision, max(before.input_offset, input_offset), before.repaired or input_offset < 0)
+
+
 def truth(kafka: MemoryKafka, key: SeriesKey, partition: int = 0) -> list[tuple[int, int, int, str]]:
     """(key, revision, offset, JSON) of every final row of a series in topic order, without what was sent again."""
-    seen: dict[int, int] = {}
+    known: dict[int, Shown] = {}
     found = []
     names = BAR_FIELDS if key.timeframe_s else TRADE_FIELDS
     for offset, value in enumerate(kafka.log(key.channel, partition)):
@@ -233,9 +245,10 @@ def truth(kafka: MemoryKafka, key: SeriesKey, partition: int = 0) -> list[tuple[
             if key.timeframe_s and (frame.columns["timeframe_s"][place] != key.timeframe_s or not values[14]):
                 continue
             revision = values[13] if key.timeframe_s else 0
-            if revision <= seen.get(values[0], -1):
+            before = known.get(values[0])
+            if before is not None and not (key.timeframe_s and before.is_news(revision, frame.input_offset)):
                 continue
-            seen[values[0]] = revision
+            known[values[0]] = seen(before, revision, frame.input_offset)
             text = row_json(bar_row(values) if key.timeframe_s else trade_row(values))
             found.append((values[0], revision, offset, text))
     return found

@@ -207,6 +207,26 @@ async def test_a_repaired_bar_of_the_past_shows_as_corrected_between_the_workers
     await hub.stop()
 
 
+async def test_the_workers_row_is_shown_after_the_repairs_of_the_same_revision() -> None:
+    """The repair closed a bar while the worker was away, and the worker does when it is back: the later row is valid, here and in history."""
+    kafka = MemoryKafka()
+    store = MemoryStore(kafka)
+    kafka.append("bars", bars_frame(KEY, [(0, 0, 1)], input_offset=1))
+    kafka.append("bars", bars_frame(KEY, [(1, 0, 1)], input_offset=-1))
+    store.catch_up("bars")
+    hub, _, limits = await start_hub(kafka, store)
+    reader = Reader(hub, BARS, limits)
+    await reader.start()
+    for _ in range(2):  # the second time after a crash
+        kafka.append("bars", bars_frame(KEY, [(0, 0, 1)], input_offset=1))
+        kafka.append("bars", bars_frame(KEY, [(1, 0, 1)], input_offset=7))
+        kafka.hand("bars")
+        await reader.settle()
+    assert reader.snapshot_rows() == [(bar_open_us(0), 0), (bar_open_us(1), 0)]
+    assert reader.final_rows() == [(bar_open_us(1), 0)]
+    await hub.stop()
+
+
 async def test_resuming_between_two_messages_of_one_record_delivers_the_rest_of_it() -> None:
     """A cursor may stand inside a record: rows before it are not repeated."""
     kafka = MemoryKafka()
@@ -461,7 +481,8 @@ async def _interleave(steps: list[str], random: Random, key: SeriesKey) -> None:
             kafka.log(topic).append(random.choice(kafka.log(topic)))
         elif step == "late" and counter:
             if topic == "bars":
-                kafka.append(topic, bars_frame(KEY, [(random.randrange(counter), random.randint(1, 3), 1)]))
+                made = random.choice([-1, len(kafka.log(topic))])  # by the repair, or of a late trade
+                kafka.append(topic, bars_frame(KEY, [(random.randrange(counter), random.randint(0, 2), 1)], input_offset=made))
             else:
                 kafka.append(topic, trades_frame(KEY, [-random.randint(1, 50)]))
         elif step == "hand":
