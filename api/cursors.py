@@ -31,9 +31,12 @@ _LIVE_VERSION: Final = 1
 _PAGE_VERSION: Final = 65
 _KNOWN_PAGE_VERSION: Final = 66
 """A page cursor of an answer with ``known_at``; those without stay as they were, so that a reader survives an upgrade between two pages."""
+_OPEN_PAGE_VERSION: Final = 67
+"""A page cursor of a session's answer that runs to the virtual now; its fields are those of one with ``known_at``."""
 _LIVE: Final = struct.Struct(">BBHqIQqq")
 _PAGE: Final = struct.Struct(">BBBIqqqq")
 _KNOWN_PAGE: Final = struct.Struct(">BBBIqqqqq")
+_PAGES: Final = {_PAGE_VERSION: _PAGE, _KNOWN_PAGE_VERSION: _KNOWN_PAGE, _OPEN_PAGE_VERSION: _KNOWN_PAGE}
 _CHECK_BYTES: Final = 4
 _SALT: Final = 0x6D736375
 _URL_SAFE: Final = bytes.maketrans(b"+/", b"-_")
@@ -103,13 +106,15 @@ class PageCursor:
     """Key of the outermost row delivered: open_time_us of a bar, trade_id of a trade."""
     known_at_us: int | None = None
     """The pages show what was known then; None: what is known now."""
+    open_end: bool = False
+    """Beside ``known_at_us``: ``end_us`` is where the virtual now of a session was, so its stream goes on behind the last page."""
 
     def encode(self) -> str:
         """The text of it."""
         fields = (TOPIC_CODES[self.topic], self.backward, self.series, self.start_us, self.end_us, self.snapshot_offset, self.last)
         if self.known_at_us is None:
             return _seal(_PAGE.pack(_PAGE_VERSION, *fields))
-        return _seal(_KNOWN_PAGE.pack(_KNOWN_PAGE_VERSION, *fields, self.known_at_us))
+        return _seal(_KNOWN_PAGE.pack(_OPEN_PAGE_VERSION if self.open_end else _KNOWN_PAGE_VERSION, *fields, self.known_at_us))
 
 
 def series_code(topic: str, exchange: str, symbol: str, timeframe_s: int = 0) -> int:
@@ -127,9 +132,9 @@ def decode_live(text: str) -> LiveCursor:
 
 def decode_page(text: str) -> PageCursor:
     """The page cursor in ``text``. Raises CursorError."""
-    payload = _open(text, {_PAGE_VERSION: _PAGE, _KNOWN_PAGE_VERSION: _KNOWN_PAGE}, "page")
+    payload = _open(text, _PAGES, "page")
     known_at_us: int | None = None
-    if payload[0] == _KNOWN_PAGE_VERSION:
+    if payload[0] != _PAGE_VERSION:
         *_, known_at_us = _KNOWN_PAGE.unpack(payload)
     _, code, backward, series, start, end, snapshot, last = _PAGE.unpack_from(payload)
     if code not in _TOPICS or backward > 1:
@@ -143,6 +148,7 @@ def decode_page(text: str) -> PageCursor:
         snapshot_offset=snapshot,
         last=last,
         known_at_us=known_at_us,
+        open_end=payload[0] == _OPEN_PAGE_VERSION,
     )
 
 
@@ -171,10 +177,8 @@ def _open(text: str, layouts: Mapping[int, struct.Struct], kind: str) -> bytes:
     if not payload or check != _check(payload):
         raise _broken(text)
     if payload[0] not in layouts:
-        page = "a page cursor"
-        other = {_LIVE_VERSION: "a stream cursor", _PAGE_VERSION: page, _KNOWN_PAGE_VERSION: page}.get(
-            payload[0], f"of version {payload[0]}"
-        )
+        names = {_LIVE_VERSION: "a stream cursor"} | dict.fromkeys(_PAGES, "a page cursor")
+        other = names.get(payload[0], f"of version {payload[0]}")
         raise CursorError("invalid_cursor", f"The cursor '{text[:40]}' is {other}, wanted is a {kind} cursor: start again without one.")
     if len(payload) != layouts[payload[0]].size:
         raise _broken(text)

@@ -152,7 +152,7 @@ def _continued(key: SeriesKey, given: Mapping[str, str], limit: int, wanted: str
         start_us=cursor.start_us,
         end_us=cursor.end_us,
         open_start=cursor.backward,
-        open_end=cursor.end_us == MAX_TIME_US,
+        open_end=cursor.open_end or cursor.end_us == MAX_TIME_US,
         limit=limit,
         format=wanted,
         cursor=cursor,

@@ -139,6 +139,7 @@ class HistoryRoute:
                 snapshot_offset=page.before,
                 last=edge,
                 known_at_us=asked.known_at_us,
+                open_end=session is not None and asked.open_end,
             ).encode()
         if session is not None and asked.open_end and (page.backward or not more):
             # the page runs to the session's virtual now: its stream goes on behind it

@@ -20,16 +20,17 @@ LIVE = st.builds(
     floor_key=INT64,
     until_us=INT64,
 )
-PAGE = st.builds(
-    PageCursor,
-    topic=st.sampled_from(["bars", "trades"]),
-    series=st.integers(0, 2**32 - 1),
-    backward=st.booleans(),
-    start_us=INT64,
-    end_us=INT64,
-    snapshot_offset=INT64,
-    last=INT64,
-    known_at_us=st.none() | INT64,
+PAGE_FIELDS = {
+    "topic": st.sampled_from(["bars", "trades"]),
+    "series": st.integers(0, 2**32 - 1),
+    "backward": st.booleans(),
+    "start_us": INT64,
+    "end_us": INT64,
+    "snapshot_offset": INT64,
+    "last": INT64,
+}
+PAGE = st.builds(PageCursor, **PAGE_FIELDS, known_at_us=st.none() | INT64) | st.builds(
+    PageCursor, **PAGE_FIELDS, known_at_us=INT64, open_end=st.just(True)
 )
 
 

@@ -15,6 +15,7 @@ from api.app import Api, create_app
 from api.cursors import LEAST, NOTHING_DUE, PageCursor, decode_live, decode_page, series_code
 from api.deps import ApiLimits, Deps
 from api.errors import CODES
+from api.sessions import Session
 from infra.seam import SystemClock
 from schemas.timeframes import MAX_TIME_US
 from tests.api.support import EPOCH, MemoryHistory, MemoryKafka, MemorySymbols, bar_open_us
@@ -34,12 +35,12 @@ def _bars(*numbers: int) -> bytes:
 class Running:
     """An app over stores in memory and its in-process client."""
 
-    def __init__(self, limits: ApiLimits) -> None:
+    def __init__(self, limits: ApiLimits, **stores: Any) -> None:
         self.history = MemoryHistory(EMPTY | {"max(kafka_offset)": b"41\n", "FROM bars WHERE exchange": _bars(0, 1, 2)})
         self.kafka = MemoryKafka()
         self.symbols = MemorySymbols("binance:BTC-USDT", "binance:ETH-USDT")
         self.api: Api = create_app(
-            Deps(history=self.history, symbols=self.symbols, frames=self.kafka, clock=SystemClock(), partitions=4, limits=limits)
+            Deps(history=self.history, symbols=self.symbols, frames=self.kafka, clock=SystemClock(), partitions=4, limits=limits, **stores)
         )
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app=self.api), base_url="http://api")  # type: ignore[arg-type]
 
@@ -52,6 +53,17 @@ class Running:
         assert found["status"] == answer.status_code == CODES[code][0]
         assert {"type", "title", "detail", "instance"} <= set(found)
         return found
+
+
+class SessionsInMemory:
+    """One session."""
+
+    def __init__(self, held: Session) -> None:
+        self._held = held
+
+    async def session(self, name: str) -> Session | None:
+        """See SessionStore."""
+        return self._held if name == self._held.id else None
 
 
 @pytest.fixture
@@ -318,3 +330,22 @@ async def test_symbols_join_what_is_listed_with_what_has_traded(run: Running) ->
     assert rows == {"BTC-USDT": (True, 3, 2), "ETH-USDT": (True, 0, None), "BTC-USD": (False, 1, 2)}
     only = (await run.http.get("/api/v1/symbols?exchange=kraken")).json()
     assert only["count"] == 1
+
+
+@pytest.mark.parametrize("clock", ["known", "market"])
+async def test_the_last_page_of_a_session_ends_in_a_cursor_of_its_stream(clock: str) -> None:
+    """As one page of all rows does; one with an end of its own has none, nor have the pages before the last."""
+    one = Session(
+        id="s-a", clock=clock, as_of_us=bar_open_us(0), until_us=bar_open_us(9), started_us=0, pinned_us=bar_open_us(900), speed=60.0
+    )
+    run = Running(ApiLimits(cache_ttl_s=0), sessions=SessionsInMemory(one))
+    asked = {"start": "2023-11-14", "session": one.id}
+    async with run.http:
+        whole = (await run.http.get(BARS, params=asked)).json()
+        first = (await run.http.get(BARS, params=asked | {"limit": 2})).json()
+        last = (await run.http.get(BARS, params={"cursor": first["next"], "session": one.id})).json()
+        ended = (await run.http.get(BARS, params=asked | {"limit": 2, "end": str(bar_open_us(5))})).json()
+        ended_last = (await run.http.get(BARS, params={"cursor": ended["next"], "session": one.id})).json()
+    assert decode_live(whole["live"]).until_us == one.until_us + 1
+    assert (first["live"], last["live"], last["next"]) == (None, whole["live"], None)
+    assert (ended["live"], ended_last["live"]) == (None, None)
