@@ -78,6 +78,8 @@ MAX_VALUE = 1e18
 """As in the bar kernel: it refuses prices and sizes from here on."""
 MAX_ID = np.int64(2**62)
 LOWEST = 1e-3
+STRAY_RUN, STRAY_US = 3, 1_000_000
+"""After so many late trades in a row, newer than the last one in order, a suspect that is so far ahead of them is the stray one."""
 """The band never reaches below this share of the price, so that it is above 0."""
 _EMPTY_LOW, _EMPTY_HIGH = np.inf, -np.inf
 _PASS = 0
@@ -186,6 +188,20 @@ def _suspect(qf, qi, s, price, size, t, tid, reason, band, par):  # type: ignore
     """A trade that does not fit: HOLD, or CONFIRM when it shows that the market has moved. ``band``: low and high, in and out."""
     fresh = t > qi[s, SUSPECT_TIME] or (t == qi[s, SUSPECT_TIME] and tid > qi[s, SUSPECT_ID])
     confirmed = False
+    if not fresh:
+        qi[s, LATE_RUN] += 1
+        if qi[s, LATE_RUN] >= par[P_LATE_RUN]:
+            _begin(qf, qi, s, price, size, t, tid)
+            return FORGET
+        # One print ahead in time made everything behind it look late, and nothing could bear witness of a move. Two of them may be the
+        # slower half of a feed whose other half has gone on; they leave its witnesses alone.
+        if (
+            qi[s, LATE_RUN] >= STRAY_RUN
+            and qi[s, SUSPECT_TIME] - t > STRAY_US
+            and (t > qi[s, TIME] or (t == qi[s, TIME] and tid > qi[s, ID]))
+        ):
+            qi[s, NEAR_COUNT] = qi[s, RUN] = 0
+            fresh = True
     if fresh:
         last, near = qf[s, F_LAST], qf[s, F_NEAR]
         agrees = qi[s, NEAR_COUNT] > 0 and qi[s, NEAR_REASON] == reason
@@ -240,11 +256,6 @@ def _suspect(qf, qi, s, price, size, t, tid, reason, band, par):  # type: ignore
             if qi[s, SEEN] < par[P_WARM]:
                 qf[s, F_LOW], qf[s, F_HIGH] = _EMPTY_LOW, _EMPTY_HIGH
             return CONFIRM
-    else:
-        qi[s, LATE_RUN] += 1
-        if qi[s, LATE_RUN] >= par[P_LATE_RUN]:
-            _begin(qf, qi, s, price, size, t, tid)
-            return FORGET
     qi[s, PENDING] = 1
     qi[s, HELD] += 1
     qf[s, F_LOW], qf[s, F_HIGH] = _EMPTY_LOW, _EMPTY_HIGH

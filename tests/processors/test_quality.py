@@ -9,6 +9,7 @@ prices that bounce over a spread of 5 %: 0, if only once in a hundred trades: 3;
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,34 @@ def test_a_lone_wild_print_stays_held() -> None:
     assert (suspect.key, suspect.trade_id, suspect.price, suspect.reason) == (KEY, 201, prices[200], REASON_PRICE)
     assert suspect.band_low == pytest.approx(99, abs=0.3)
     assert suspect.band_high == pytest.approx(101, abs=0.3)
+
+
+@pytest.mark.parametrize(("ahead_s", "factor"), [(3_600, 1.0), (300, 2.0)])
+def test_a_move_behind_a_stray_print_ahead_in_time_is_followed_with_the_fifth_trade(ahead_s: int, factor: float) -> None:
+    """The print stays held; what comes after it looks late beside it, and still bears witness of the move."""
+    prices = calm(600)
+    prices[300:] *= 1.2
+    prices[299] *= factor
+    columns = market(prices)
+    columns["exchange_time_us"][299] += ahead_s * MILLION
+    gate, outcome = QualityGate(), Outcome()
+    for frame in cut(columns, 1):
+        outcome.add(gate, replace(frame, watermark_us=T0 + 6 * MILLION))
+    assert list(outcome.held) == [300]
+    assert outcome.released == 4
+    assert outcome.given == [number for number in range(1, 601) if number != 300]
+
+
+@pytest.mark.parametrize("slow", [1, 2, 3, 7])
+def test_a_move_on_a_feed_whose_halves_are_apart_is_followed(slow: int) -> None:
+    """One half is two seconds behind the other and has ``slow`` trades for each of its own: no witness is taken for stray for good."""
+    count = 1_200
+    prices = calm(count)
+    times = T0 + np.arange(count) * 20_000
+    times[np.arange(count) % (slow + 1) != 0] -= 2 * MILLION
+    prices[times >= T0 + 12 * MILLION] *= 1.3
+    outcome = judged(market(prices, times=times), 1)
+    assert not outcome.held
 
 
 def test_prints_of_one_instant_are_no_witnesses_of_each_other() -> None:
