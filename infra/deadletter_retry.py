@@ -3,7 +3,8 @@
 - record of a topic that could not be decoded: read again with the schemas known now. Trades go out as trades of the past (flag HISTORY),
   as their bars were closed without them; bars are made anew; records of other topics are published again to their partition, without
   rows that newer ones have replaced
-- message of a venue: through the venue's mapper, its trades go out as trades of the past; the ledger is not touched
+- message of a venue: through the venue's mapper, its trades go out as trades of the past, their ids in the numbering that the collector gave
+  those of their time; the ledger is not touched
 - trade that the worker refused as too late: it is stored, so only its bars are made anew
 - line of a replayed file: through the layout of that file, its trade goes out as one of the past
 
@@ -20,6 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from collectors.dedupe import base_of
 from infra.deadletter_sources import RefusedError, Rows, StillBadError, rows_of_line, rows_of_message
 from infra.registry_client import RegistryClient
 from infra.repair_jobs import Wanted
@@ -44,6 +46,8 @@ ReadRecord = Callable[[str, int, int], bytes | None]
 """``(topic, partition, offset) -> value``; None when the topic does not hold it any more."""
 NewerRows = Callable[[str, int, int, Frame], np.ndarray[Any, Any]]
 """``(topic, partition, offset, frame) -> bool per row``: which have a newer row of their key stored."""
+StoredIds = Callable[[str, int], tuple[int, int]]
+"""``(exchange:symbol, time) -> ids`` of the stored trades before and from that time on; -1 where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +80,7 @@ class Planner:
     """Canonical symbols by exchange that a message may be of."""
     read_record: ReadRecord
     newer_rows: NewerRows
+    stored_ids: StoredIds
     now_us: int
     _codecs: dict[str, FrameCodec | RowCodec] = field(default_factory=dict)
 
@@ -96,7 +101,7 @@ class Planner:
             rows = rows_of_line(_instrument(letter["exchange"], letter["symbol"]), letter["place"], raw)
         else:
             known = self.symbols.get(letter["exchange"], ())
-            rows = rows_of_message(letter["exchange"], raw, known, letter["time_us"], self.now_us)
+            rows = self._numbered(rows_of_message(letter["exchange"], raw, known, letter["time_us"], self.now_us))
         return self._history(letter, rows)
 
     # Kinds.
@@ -173,6 +178,18 @@ class Planner:
         return Plan(records=tuple(records), repairs=tuple(wanted), what=_published(rows.count, records[0].partition))
 
     # Parts.
+
+    def _numbered(self, rows: Rows) -> Rows:
+        """The rows with ids as the collector publishes them, see ``collectors.dedupe.NUMBERING``."""
+        ids, codes, times = rows.columns["trade_id"].copy(), rows.columns["symbol_code"], rows.columns["exchange_time_us"]
+        for code in np.unique(codes).tolist():
+            first = int(np.flatnonzero(codes == code)[0])
+            before, after = self.stored_ids(rows.keys[code], int(times[first]))
+            base, following = base_of(max(before, 0)), base_of(max(after, 0))
+            if before < 0 or (int(ids[first]) + base < before and following > base):  # else ids ascend with time
+                base = following
+            ids[codes == code] += base
+        return replace(rows, columns={**rows.columns, "trade_id": ids})
 
     def _original(self, letter: Mapping[str, Any]) -> bytes:
         raw = base64.b64decode(letter["raw_base64"])

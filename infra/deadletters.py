@@ -29,8 +29,10 @@ from infra.kafka import FrameProducer, consumer_config, unreachable
 from infra.registry_client import RegistryClient
 from infra.repair_jobs import RepairJobs
 from infra.settings import Settings
+from infra.symbol_reader import SymbolReader
 from schemas.frames import Frame
 from schemas.seam import Clock
+from schemas.symbols import parse_key
 from schemas.topics import TOPICS
 from streams.deadletters import dead_letter
 
@@ -164,6 +166,7 @@ class Office:
             symbols=await self._symbols(),
             read_record=self._read_record,
             newer_rows=self._newer_rows,
+            stored_ids=self._stored_ids,
             now_us=self._clock.now_us(),
         )
 
@@ -201,6 +204,15 @@ class Office:
             raise unreachable(kafka, exc) from exc
         finally:
             consumer.close()
+
+    def _stored_ids(self, key: str, time_us: int) -> tuple[int, int]:
+        client = connect(self._settings.clickhouse)
+        try:
+            reader = SymbolReader(client, *parse_key(key))
+            before, after = reader.before(time_us), reader.after(time_us)
+        finally:
+            client.close()
+        return before.trade_id if before is not None else -1, after.trade_id if after is not None else -1
 
     def _newer_rows(self, topic: str, partition: int, offset: int, frame: Frame) -> np.ndarray[Any, Any]:
         names = SUPERSEDED_BY[topic]

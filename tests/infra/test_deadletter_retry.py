@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from collectors.dedupe import NUMBERING
 from infra.deadletter_retry import Planner
 from infra.deadletter_sources import RefusedError, StillBadError, rows_of_line, rows_of_message
 from schemas.codec import FrameCodec, RowCodec, schema_text
@@ -54,6 +55,7 @@ def planner(**changes: Any) -> Planner:
         "symbols": {"binance": ["BTC-USDT", "ETH-USDT"], "binance-usdm": ["BTC-USDT-PERP"]},
         "read_record": lambda *_: None,
         "newer_rows": lambda _topic, _partition, _offset, frame: np.zeros(frame.row_count, bool),
+        "stored_ids": lambda _key, _time_us: (-1, -1),
         "now_us": NOW_US,
     }
     return Planner(**fields | changes)
@@ -255,6 +257,32 @@ def test_a_message_becomes_the_trade_it_says(exchange: str, stream: str, data: d
     assert tuple(frame.columns[name][0] for name in ("trade_id", "price", "size", "side")) == row
     assert frame.columns["receive_time_us"].tolist() == [START_US + 77]
     assert [(one.exchange, one.symbol, one.start_us) for one in plan.repairs] == [(exchange, key.partition(":")[2], START_US)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "base"),
+    [
+        (-1, -1, 0),  # nothing is stored
+        (8, 10, 0),
+        (NUMBERING + 8, NUMBERING + 10, NUMBERING),  # the venue had begun its ids anew before
+        (900, NUMBERING + 10, NUMBERING),  # the first of the new ids
+        (8, NUMBERING + 1, 0),  # the last of the old ones
+        (-1, NUMBERING + 10, NUMBERING),
+        (900, 1_000, 0),  # late among its own
+    ],
+)
+def test_a_retried_trade_is_numbered_as_the_collector_numbers_those_of_its_time(before: int, after: int, base: int) -> None:
+    """After the venue began its ids anew a raw one would be that of another trade."""
+    asked: list[tuple[str, int]] = []
+
+    def stored_ids(key: str, time_us: int) -> tuple[int, int]:
+        asked.append((key, time_us))
+        return before, after
+
+    raw = json.dumps({"stream": "ethusdt@trade", "data": SPOT}).encode()
+    (record,) = planner(stored_ids=stored_ids).plan(letter(raw, reason="unknown_stream")).records
+    assert sent(record).columns["trade_id"].tolist() == [9 + base]
+    assert asked == [("binance:ETH-USDT", START_US)]
 
 
 @pytest.mark.parametrize(
