@@ -178,6 +178,10 @@ def _config_id(config: BarConfig) -> str:
     return json.dumps(asdict(config), sort_keys=True)
 
 
+_UNSET: Final = [word for word in range(k.BAR_WORDS) if word not in (k.OPEN, k.COUNT, k.META, k.PUB)]
+"""Words of a bar that mean nothing while it has no trade."""
+
+
 def _live_rows(config: BarConfig, state: k.State, slots: int) -> npt.NDArray[np.int64]:
     """Indices of the bars that still matter: open ones with trades or revisions, sealed ones that a late trade can reach."""
     levels, rows = len(config.timeframes), config.rows_per_symbol
@@ -194,6 +198,13 @@ def _live_rows(config: BarConfig, state: k.State, slots: int) -> npt.NDArray[np.
         keep[:, at : at + ring] = used & (mine + length > reach[:, None])
     keep &= (state.slot_i[:slots, k.KIND] != k.FREE)[:, None]
     return np.flatnonzero(keep.ravel()).astype(np.int64)
+
+
+def _rows(bars: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Rows of bars without what those before them in their places left behind: an empty one has an open time and its revision only."""
+    empty = bars[:, k.COUNT] == 0
+    bars[np.ix_(empty, _UNSET)] = 0
+    return bars
 
 
 def pack(config: BarConfig, state: k.State, slots: int, head: dict[str, Any]) -> bytes:
@@ -216,7 +227,7 @@ def pack(config: BarConfig, state: k.State, slots: int, head: dict[str, Any]) ->
         state.slot_f[:slots],
         ids[used],
         bars,
-        state.bar_i[bars],
+        _rows(state.bar_i[bars]),
         state.wheel,
     ]
     text = json.dumps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,25 @@ def test_a_restart_from_a_snapshot_changes_no_byte(trades: pl.DataFrame, rows: i
     for number, batch in enumerate(batches(shuffled, rows=rows, lateness_us=SECOND)):
         if number % every == 0:
             restarted = BarEngine.restore(config, restarted.snapshot())
+        assert raw([steady.process(batch)]) == raw([restarted.process(batch)])
+        assert steady.snapshot() == restarted.snapshot()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_state_says_nothing_of_bars_that_are_gone(seed: int) -> None:
+    """Trades in any order: a bar that was made empty in the place of an older one has none of its prices, restored or not."""
+    random = Random(seed)
+    time_us, rows = START_US, []
+    for number in range(33):
+        time_us += int(random.expovariate(1 / 1.5) * SECOND)
+        rows.append((1_001 + number, round(random.uniform(5, 70), 2), round(random.uniform(0.1, 9), 3), time_us))
+    random.shuffle(rows)
+    trades = pl.DataFrame(rows, schema=["trade_id", "price", "size", "exchange_time_us"], orient="row").with_columns(
+        exchange=pl.lit("binance"), symbol=pl.lit("S0-USDT"), side=pl.lit(1, pl.Int8), receive_time_us=pl.col("exchange_time_us")
+    )
+    steady, restarted = BarEngine(CONFIG), BarEngine(CONFIG)
+    for batch in batches(trades, rows=1, lateness_us=SECOND):
+        restarted = BarEngine.restore(CONFIG, restarted.snapshot())
         assert raw([steady.process(batch)]) == raw([restarted.process(batch)])
         assert steady.snapshot() == restarted.snapshot()
 
