@@ -146,13 +146,13 @@ class SessionFeeds:
         clock = self._sessions.clock
         silent_s = 0.0
         while not subscription.closed:
+            await self._sessions.find(session.id)  # also where nothing is waited for: a session that was stopped has nothing more to say
             wait_s = session.wait_s(due_us, clock.now_us())
             if not wait_s:
                 return True
             nap_s = min(max(wait_s, _LEAST_WAIT_S), _LOOK_S)
             await clock.sleep(nap_s)
             silent_s += nap_s
-            await self._sessions.find(session.id)
             if silent_s >= self._limits.heartbeat_s:
                 silent_s = 0.0
                 now_us = session.now_us(clock.now_us())

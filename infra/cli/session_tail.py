@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from infra.cli.rows import Row, columns_of
 from infra.cli.tail import Printer
 from infra.cli.where import compile_where
 from infra.clickhouse.client import connect
-from infra.errors import SettingsError
+from infra.errors import SettingsError, UnreachableError
 from infra.seam import SystemClock
 from infra.sessions import find_session
 from infra.settings import Settings
@@ -25,6 +26,8 @@ from schemas.topics import topic as topic_of
 
 TOPICS: Final = ("trades", "bars")
 _POLL_S: Final = 0.25
+_LOOK_US: Final = 2_000_000
+"""It is asked so often whether the session was stopped."""
 _READ_ROWS: Final = 20_000
 _DAY_US: Final = 86_400_000_000
 """Length of the longest bars: so long before it appears a bar may open."""
@@ -36,7 +39,7 @@ def tail(output: Output, *, data_dir: Path | None, topic: str, session: str, whe
     """Show rows from the virtual now on (at speed max: from the session's beginning), until its end, ``limit`` or Ctrl-C.
 
     Without ``follow`` it stops at the virtual now: then it shows what appeared since the session's beginning.
-    Raises SettingsError for another topic or an unknown session, UnreachableError.
+    Raises SettingsError for another topic, an unknown session and one that is stopped meanwhile; UnreachableError.
     """
     if topic not in TOPICS:
         raise SettingsError(f"A session shows {' and '.join(TOPICS)}, not '{topic}': leave --session out.")
@@ -62,9 +65,14 @@ async def _show(
 async def _rows(settings: Settings, topic: str, session: Session, clock: Clock, follow: bool) -> AsyncIterator[Row]:
     """Rows in the order in which they appear, each when the virtual now has come to it."""
     client = connect(settings.clickhouse)
+    asked_us = clock.monotonic_us()
     place: _Place = (session.begin_us(clock.now_us()) if follow else session.as_of_us, 0, "", "", 0, 0)
     try:
         while True:
+            if clock.monotonic_us() - asked_us > _LOOK_US:
+                asked_us = clock.monotonic_us()
+                with suppress(UnreachableError):  # it is asked again
+                    await find_session(settings, session.id)
             now_us = session.now_us(clock.now_us())
             rows = await asyncio.to_thread(_read, client, topic, session, place, now_us)
             for row in rows:

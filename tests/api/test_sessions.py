@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
+
 import pytest
 
 from api.cursors import decode_live
-from api.deps import ApiLimits
+from api.deps import ApiLimits, StreamLimits
 from api.errors import Problem
+from api.history import History
+from api.live.client import Client, Subscription
 from api.live.series import SeriesKey
+from api.metrics import Metrics
 from api.params import parse_range
 from api.sessions import Session, Sessions
+from api.sessions_feed import SessionFeeds
 from api.sessions_queries import Place, place_of, rows_after, session_cursor
 from infra.names import speakable
-from tests.api.support import ManualClock
+from tests.api.support import ManualClock, MemoryHistory
 
 US = 1_000_000
 T = 1_700_000_000_000_000
@@ -132,6 +139,40 @@ async def test_sessions_are_remembered_for_a_second() -> None:
     with pytest.raises(Problem) as caught:
         await sessions.find("s-calm-otter-01")
     assert (caught.value.code, caught.value.status) == ("session_ended", 404)
+
+
+class Writer:
+    """A peer that takes everything."""
+
+    def __init__(self) -> None:
+        self.texts: list[bytes] = []
+
+    def ready(self) -> bool:
+        """Always."""
+        return True
+
+    def on_ready(self, callback: Callable[[], None]) -> None:
+        """Never."""
+
+    def write(self, texts: Sequence[bytes]) -> None:
+        """Keep them."""
+        self.texts += texts
+
+
+@pytest.mark.parametrize("speed", [0.0, 60.0])
+async def test_a_stream_that_waits_for_nothing_ends_when_its_session_is_stopped(speed: float) -> None:
+    """At speed max, and where it is far behind its pace."""
+    store, clock, writer = Store(session(speed=speed)), ManualClock(), Writer()
+    clock.us = 3 * T
+    sessions = Sessions(store, clock)
+    feeds = SessionFeeds(sessions, History(MemoryHistory(), clock, 1, ApiLimits()), lambda _: 0, StreamLimits())
+    opened = await feeds.open("s-calm-otter-01", BARS, decode_live(session_cursor(session(), BARS, 0, Place(T))))
+    store.held["s-calm-otter-01"] = session(speed=speed, stopped=True)
+    await clock.advance(1.1)
+    with pytest.raises(Problem, match="was stopped"):
+        await feeds.run(opened, Subscription(1, BARS, Client(writer, 1_000_000, Metrics()), 10))
+    await asyncio.sleep(0)
+    assert writer.texts == []
 
 
 @pytest.mark.parametrize("name", ["", "x" * 65, "s-no-such-00"])

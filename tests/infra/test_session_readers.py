@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +14,10 @@ from api.queries import Page, known_keys, page_rows
 from api.sessions import KNOWN, MARKET, Session
 from api.sessions_queries import Place, rows_after
 from infra.cli import session_tail
+from infra.errors import SettingsError, UnreachableError
 from infra.export import _Query
+from infra.settings import load_settings
+from tests.api.support import ManualClock
 from tests.tables import Tables, empty_tables
 
 SECOND = 1_000_000
@@ -99,3 +104,27 @@ def test_the_store_knows_who_made_the_rows_of_a_bar(tables: Tables) -> None:
     assert known(11) == {T0_US: Shown(0, -1, True)}
     assert known(12) == {T0_US: Shown(0, 5, True)}
     assert known(14) == {T0_US: Shown(1, 6, False), T0_US + 60 * SECOND: Shown(0, 7, False)}
+
+
+async def test_a_tail_that_follows_ends_when_its_session_is_stopped(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks every two seconds; a PostgreSQL that is away for a while does not end it."""
+    answers: list[Exception] = [UnreachableError("PostgreSQL is away."), SettingsError("Session 's-a' was stopped.")]
+
+    async def find(*_: Any) -> None:
+        raise answers.pop(0)
+
+    monkeypatch.setattr(session_tail, "find_session", find)
+    monkeypatch.setattr(session_tail, "connect", lambda _: tables)
+    clock = ManualClock()
+    clock.us = 2 * T0_US
+    one = replace(session(MARKET, 3_600), speed=1.0)
+    rows = session_tail._rows(load_settings({}), "bars", one, clock, True)
+    reading = asyncio.ensure_future(anext(rows))
+    for _ in range(40):
+        await asyncio.sleep(0.01)  # the engine answers from a thread
+        await clock.advance(0.3)
+        if reading.done():
+            break
+    with pytest.raises(SettingsError, match="was stopped"):
+        await reading
+    assert answers == []
