@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic
 
 from infra.errors import MarketstreamError, UnreachableError
 from infra.registry_client import RegistryClient
@@ -19,7 +19,7 @@ from infra.seam import SYSTEM
 from infra.settings import KafkaSettings
 from schemas.codec import MAX_RECORD_BYTES, FrameCodec, RowCodec
 from schemas.frames import Frame
-from schemas.topics import TOPICS, Topic
+from schemas.topics import BROKERS_TIME, TOPICS, Topic
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ def partition_count(settings: KafkaSettings, entry: Topic) -> int:
 
 
 def ensure_topics(settings: KafkaSettings, topics: Iterable[Topic] = tuple(TOPICS.values())) -> list[str]:
-    """Create what is missing; names of the topics created.
+    """Create what is missing; names of the topics created. Topics of an earlier release get the broker's time for records to come.
 
     Raises UnreachableError; TopicLayoutError when one exists with another partition count: rows of a symbol would be in two places.
     """
@@ -264,6 +264,7 @@ def ensure_topics(settings: KafkaSettings, topics: Iterable[Topic] = tuple(TOPIC
     except KafkaException as exc:
         raise unreachable(settings, exc) from exc
     missing: list[NewTopic] = []
+    held: list[str] = []
     for entry in topics:
         name, wanted = entry.full_name(settings.topic_prefix), partition_count(settings, entry)
         if name not in existing:
@@ -273,6 +274,10 @@ def ensure_topics(settings: KafkaSettings, topics: Iterable[Topic] = tuple(TOPIC
             raise TopicLayoutError(
                 f"Topic '{name}' has {found} partitions, MARKETSTREAM_KAFKA_PARTITIONS is {wanted}: set it to {found}, or use another MARKETSTREAM_TOPIC_PREFIX."
             )
+        else:
+            held.append(name)
+    if held:
+        _take_brokers_time(admin, held)
     if not missing:
         return []
     for name, future in admin.create_topics(missing, operation_timeout=_TIMEOUT_S).items():
@@ -282,6 +287,26 @@ def ensure_topics(settings: KafkaSettings, topics: Iterable[Topic] = tuple(TOPIC
             if exc.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise UnreachableError(f"Kafka at {settings.bootstrap} refuses to create topic '{name}': {exc}") from exc
     return [entry.topic for entry in missing]
+
+
+def _take_brokers_time(admin: AdminClient, names: Sequence[str]) -> None:
+    """Set ``BROKERS_TIME`` where a topic has it otherwise; a broker that does not let us is one line in the log."""
+    asked = [ConfigResource(ConfigResource.Type.TOPIC, name) for name in names]
+    changing = []
+    try:
+        for resource, future in admin.describe_configs(asked, request_timeout=_TIMEOUT_S).items():
+            found = future.result()
+            wanted = [
+                ConfigEntry(option, value, incremental_operation=AlterConfigOpType.SET)
+                for option, value in BROKERS_TIME.items()
+                if found[option].value != value
+            ]
+            if wanted:
+                changing.append(ConfigResource(ConfigResource.Type.TOPIC, resource.name, incremental_configs=wanted))
+        for future in (admin.incremental_alter_configs(changing, request_timeout=_TIMEOUT_S) if changing else {}).values():
+            future.result()
+    except KafkaException as exc:
+        logger.warning("Records of topics %s keep the time of their producers, as the broker says: %s", ", ".join(names), exc)
 
 
 def end_offsets(settings: KafkaSettings, topic_names: Iterable[str], consumer: Consumer | None = None) -> dict[str, dict[int, int]]:

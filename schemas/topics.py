@@ -15,6 +15,10 @@ _DAY_MS: Final = 86_400_000
 _MIB: Final = 1024 * 1024
 
 
+BROKERS_TIME: Final = {"message.timestamp.type": "LogAppendTime"}
+"""A record's time is when the broker took it, not when its producer queued it: nobody knew what waited while the broker was away."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Topic:
     """One topic as it is created on the broker."""
@@ -49,6 +53,7 @@ class Topic:
             "segment.bytes": str(self.segment_bytes),
             "max.message.bytes": str(MAX_RECORD_BYTES + 64 * 1024),
             "min.cleanable.dirty.ratio": "0.2",
+            **BROKERS_TIME,
         }
 
 

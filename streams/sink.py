@@ -95,7 +95,7 @@ class Received(NamedTuple):
     offset: int
     value: bytes
     known_at_us: int = 0
-    """The record's own Kafka timestamp, microseconds UTC: when its producer published it; 0 unknown."""
+    """The record's own Kafka timestamp, microseconds UTC: when the broker took it; 0 unknown."""
 
 
 @dataclass(slots=True)

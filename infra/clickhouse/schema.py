@@ -18,7 +18,7 @@ _FRAME_TYPES: Final = {"<f8": "Float64", "<i8": "Int64", "<i4": "Int32", "|i1": 
 _ROW_TYPES: Final = {"string": "String", "long": "Int64", "int": "Int32", "double": "Float64", "bytes": "String", "boolean": "UInt8"}
 _KEY_COLUMNS: Final = (("exchange", "LowCardinality(String)"), ("symbol", "LowCardinality(String)"))
 _POSITION_COLUMNS: Final = (("kafka_partition", "UInt16"), ("kafka_offset", "UInt64"), ("known_at_us", "Int64"))
-"""Where a row was read, and when its record was published (the record's Kafka timestamp): what was known at a time is what is not above it."""
+"""Where a row was read, and when its record was published (the record's Kafka timestamp, the broker's): what was known at a time is what is not above it."""
 
 _ORDER_BY: Final = {
     # by id, not time: history pages by id, and "do we hold this trade" is a range read of the primary key

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from random import Random
@@ -36,6 +36,7 @@ class Record(NamedTuple):
     key: bytes | None
     value: bytes
     timestamp_us: int
+    """When the broker took it; 0 before."""
     producer: int
     sequence: int
 
@@ -168,7 +169,7 @@ class SimBroker:
                 offsets.append(-1)
                 continue
             offsets.append(len(log.records))
-            log.records.append(record)
+            log.records.append(record._replace(timestamp_us=self.loop.now_us // 1000 * 1000))
             log.sequences[record.producer] = record.sequence
             self.trace.note("append", *request.place, len(log.records) - 1, data=record.value)
         self._unsynced[request.place] = None
@@ -256,19 +257,15 @@ class SimProducer:
         broker: where to.
         codecs: by topic name.
         settings: librdkafka's, as the product sets them; ``acks`` and ``enable.idempotence`` count.
-        now_us: the process's wall clock, for timestamps.
     """
 
-    def __init__(
-        self, broker: SimBroker, codecs: Mapping[str, FrameCodec | RowCodec], settings: Mapping[str, Any], now_us: Callable[[], int]
-    ) -> None:
+    def __init__(self, broker: SimBroker, codecs: Mapping[str, FrameCodec | RowCodec], settings: Mapping[str, Any]) -> None:
         self.broker = broker
         self.idempotent = bool(settings.get("enable.idempotence"))
         self.waits_for_sync = str(settings.get("acks")) in ("all", "-1")
         self.context = copy_context()
         self.process: Process | None = PROCESS.get()
         self._codecs = codecs
-        self._now_us = now_us
         self._id = broker.new_producer()
         self._sequence: dict[Place, int] = {}
         self._queues: dict[Place, deque[Record]] = {}
@@ -349,7 +346,7 @@ class SimProducer:
         queue = self._queues.get(place)
         if queue is None:
             queue = self._queues[place] = deque()
-        queue.append(Record(key, value, self._now_us() // 1000 * 1000, self._id, sequence))
+        queue.append(Record(key, value, 0, self._id, sequence))
         if place not in self._in_flight and place not in self._leaving:
             # librdkafka sends from a thread of its own: what is queued dies with the process
             self._leaving.add(place)

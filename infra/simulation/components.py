@@ -107,9 +107,9 @@ class Outside:
         generation, skew_us = (process.generation, process.skew_us) if process is not None else (0, 0)
         return SimClock(self.loop, f"{self.seed}/{name}/{generation}", skew_us)
 
-    def producer(self, clock: SimClock) -> SimProducer:
+    def producer(self) -> SimProducer:
         """A producer with the product's own settings."""
-        return SimProducer(self.broker, codecs(), producer_config(KafkaSettings(bootstrap="simulated:9092")), clock.now_us)
+        return SimProducer(self.broker, codecs(), producer_config(KafkaSettings(bootstrap="simulated:9092")))
 
     async def broker_is_up(self) -> None:
         """Return when the broker answers."""
@@ -203,7 +203,7 @@ async def run_collector(outside: Outside) -> None:
     """The collector of all symbols the simulated exchange lists."""
     clock = outside.clock("collector")
     await outside.broker_is_up()
-    producer = outside.producer(clock)
+    producer = outside.producer()
     spool = Spool(outside.disk, SpoolConfig(segment_bytes=64 * 1024, min_free_bytes=0))
     spool.open()
     sink = SpoolSink(producer, spool, clock, SpoolSinkConfig(idle_s=outside.tuning.spool_idle_s))
@@ -272,7 +272,7 @@ async def run_worker(outside: Outside) -> None:
     runner = BarRunner(
         config=BarConfig(timeframes=tuning.timeframes, live_interval_us=tuning.live_interval_us),
         codecs=bar_codecs(),
-        sender=outside.producer(clock),
+        sender=outside.producer(),
         open_log=lambda partition: SimStateLog(broker, partition),
         emitted_offset=lambda partition: emitted_offset(broker, partition),
         clock=clock,
@@ -309,7 +309,7 @@ class SinkProcess:
     def __init__(self, outside: Outside) -> None:
         self._outside = outside
         self._clock = outside.clock("sink")
-        self._letters = outside.producer(self._clock)
+        self._letters = outside.producer()
         self._sinks = {name: self._topic_sink(name) for name in outside.sink_topics}
         self._pending: dict[str, list[Received]] = {name: [] for name in outside.sink_topics}
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Producer, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, TIMESTAMP_LOG_APPEND_TIME, Consumer, KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from infra.kafka import ensure_topics
 from infra.stack import kafka
+from schemas.topics import TOPICS
 from tests.integration.conftest import RunningStack
 
 
@@ -81,6 +84,24 @@ def test_a_state_chunk_of_16_mb_fits_and_100_mb_are_refused(stack: RunningStack,
     with_100.flush(30)
     assert errors[1] is not None
     assert [len(value) for value in _read(stack, topic)] == [16 * 1024 * 1024]
+
+
+def test_a_record_says_when_the_broker_took_it(stack: RunningStack, topic_prefix: str) -> None:
+    """Not when its producer queued it, be that an hour ago; also in a topic that an earlier release made."""
+    settings = replace(stack.settings.kafka, topic_prefix=topic_prefix)
+    _make_topic(stack, topic_prefix + "deadletter")
+    wanted = [TOPICS["deadletter"], TOPICS["gaps"]]
+    assert ensure_topics(settings, wanted) == [topic_prefix + "gaps"]
+    assert ensure_topics(settings, wanted) == []
+    producer = Producer(settings.client_config())
+    found: list[tuple[int, int]] = []
+    now_ms = time.time_ns() // 1_000_000
+    for entry in wanted:
+        name, taken = entry.full_name(topic_prefix), lambda _, message: found.append(message.timestamp())
+        producer.produce(name, b"x", timestamp=now_ms - 3_600_000, on_delivery=taken)
+    producer.flush(10)
+    assert [kind for kind, _ in found] == [TIMESTAMP_LOG_APPEND_TIME] * 2
+    assert all(now_ms - 1_000 < when_ms < now_ms + 60_000 for _, when_ms in found)
 
 
 def test_a_misspelt_topic_is_an_error_not_a_new_topic(stack: RunningStack, topic_prefix: str) -> None:

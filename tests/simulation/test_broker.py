@@ -25,7 +25,7 @@ class Room:
 
     def producer(self, **settings: object) -> SimProducer:
         """A producer with the product's settings and these."""
-        return SimProducer(self.broker, {}, producer_config(KafkaSettings(bootstrap="b:1")) | settings, lambda: self.loop.now_us)
+        return SimProducer(self.broker, {}, producer_config(KafkaSettings(bootstrap="b:1")) | settings)
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run to the end, once."""
