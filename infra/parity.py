@@ -1,7 +1,8 @@
 """Parity: a recorded run in, its trades replayed from the topic through the worker's own code, and every bar compared, out.
 
 Partition by partition the trades stream through a fresh ``BarShard`` (from the first record the topic still holds, so that the state is
-right) beside the ``bars`` the live run published; the stored rows are compared with the topic on the way. Nothing is written to any topic.
+right) beside the ``bars`` the live run published; the stored rows are compared with the topic on the way. What the repair published is compared
+with bars made anew from the stored trades. Nothing is written to any topic.
 """
 
 from __future__ import annotations
@@ -9,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from infra import offsets
 from infra.clickhouse.client import connect
 from infra.kafka import committed_offsets
-from infra.parity_compare import Comparison
+from infra.parity_compare import Comparison, LiveRecord
 from infra.parity_findings import Findings, merge
 from infra.parity_outputs import OutputFindings, Outputs
 from infra.parity_reader import Stretch
-from infra.parity_repairs import explain, load_jobs
+from infra.parity_repaired import RepairedFindings, total
+from infra.parity_repaired_store import MOST_DIFFERENCES, Day, Look, RepairedDays, check_days
+from infra.parity_repairs import Job, answers, explain, load_jobs
 from infra.parity_rows import Difference, RowKey
 from infra.parity_store import StoreComparison, StoreFindings
 from infra.parity_topics import check_outputs
@@ -41,7 +44,10 @@ _WAIT_S: Final = 15.0
 _STILL_S: Final = 2.0
 """Worker and sink that have not moved for so long are not waited for: nothing runs, or nothing is left to do."""
 _POLL_S: Final = 0.2
+_LOOK_AGAIN_S: Final = 5.0
+"""Repaired bars that differ are looked at twice: what came too late a moment ago has its job within 2 s."""
 _US: Final = 1_000_000
+_DAY_US: Final = 86_400 * _US
 Tell = Callable[[int, int, int], None]
 """Called with (trades records done, to do, trades done)."""
 
@@ -63,6 +69,8 @@ class Report:
     """Trades records of the run that the topics no longer hold; their bars cannot be compared."""
     seconds: float
     finished_us: int
+    repaired: RepairedFindings = field(default_factory=RepairedFindings)
+    """The bars that the repair published, beside those of the trades stored."""
 
     @property
     def unexplained(self) -> int:
@@ -75,8 +83,8 @@ class Report:
         return [item for part in self._parts for item in part.differences]
 
     @property
-    def _parts(self) -> list[Findings | StoreFindings | OutputFindings]:
-        return [*self.findings, *self.store, *self.outputs]
+    def _parts(self) -> list[Findings | StoreFindings | RepairedFindings | OutputFindings]:
+        return [*self.findings, *self.store, self.repaired, *self.outputs]
 
     @property
     def trades_per_s(self) -> float:
@@ -100,6 +108,7 @@ class Report:
             "bars": sums,
             "not_retained_records": self.not_retained,
             "clickhouse": {name: sum(getattr(part, name) for part in self.store) for name in ("rows", "equal", "pending", "unexplained")},
+            "repaired": self.repaired.value(),
             "outputs": [part.value() for part in self.outputs],
             "partitions": partitions,
             "clickhouse_partitions": store,
@@ -115,7 +124,34 @@ async def check(settings: Settings, run: Run, *, tell: Tell = lambda *_: None, c
     clock = clock or SystemClock()
     run = await _settled(settings, run, clock)
     jobs = await load_jobs(settings)
-    return await asyncio.to_thread(_check, settings, run, explain(jobs), tell, clock)
+    report, touched = await asyncio.to_thread(_check, settings, run, explain(jobs), tell, clock)
+    repaired = await _repaired(settings, touched, clock)
+    return replace(report, repaired=repaired, finished_us=clock.now_us())
+
+
+async def _repaired(settings: Settings, touched: RepairedDays, clock: Clock) -> RepairedFindings:
+    """What the repair published beside the bars of the trades."""
+    found = await asyncio.to_thread(_check_days, settings, touched, touched.days, await load_jobs(settings), clock)
+    wrong = {day for day, part in found.items() if part.unexplained}
+    if wrong:
+        await clock.sleep(_LOOK_AGAIN_S)
+        found |= await asyncio.to_thread(_check_days, settings, touched, wrong, await load_jobs(settings), clock)
+    return total([RepairedFindings(pending=touched.unstored), *found.values()], MOST_DIFFERENCES)
+
+
+def _check_days(settings: Settings, touched: RepairedDays, days: Set[Day], jobs: list[Job], clock: Clock) -> dict[Day, RepairedFindings]:
+    if not days:
+        return {}
+    ttl_us = settings.clickhouse.trades_ttl_days * _DAY_US
+    with closing(connect(settings.clickhouse)) as client:
+        look = Look(
+            client=client,
+            page_rows=settings.repair.page_rows,
+            answers=answers(jobs),
+            stretches=touched.stretches,
+            kept_from_us=clock.now_us() - ttl_us + _DAY_US if ttl_us else 0,  # a day: bars at the edge have lost part of their trades
+        )
+        return check_days(look, days)
 
 
 async def _settled(settings: Settings, run: Run, clock: Clock) -> Run:
@@ -140,14 +176,14 @@ async def _settled(settings: Settings, run: Run, clock: Clock) -> Run:
     return replace(run, end={**run.end, "bars": high["bars"]})
 
 
-def _check(settings: Settings, run: Run, reason: Callable[[RowKey], str | None], tell: Tell, clock: Clock) -> Report:
+def _check(settings: Settings, run: Run, reason: Callable[[RowKey], str | None], tell: Tell, clock: Clock) -> tuple[Report, RepairedDays]:
     started_us = clock.monotonic_us()
     with RegistryClient.from_settings(settings) as registry, closing(connect(settings.clickhouse)) as client:
         work = _Replay(settings, run, registry, client, reason, tell)
         for partition in sorted(run.end["trades"]):
             work.partition(partition)
         outputs = [] if work.outputs.full else check_outputs(settings, run, registry, work.outputs, work.covered)
-    return Report(
+    report = Report(
         run=run,
         findings=work.findings,
         store=work.stores,
@@ -158,6 +194,7 @@ def _check(settings: Settings, run: Run, reason: Callable[[RowKey], str | None],
         seconds=(clock.monotonic_us() - started_us) / 1e6,
         finished_us=clock.now_us(),
     )
+    return report, work.repaired
 
 
 class _Replay:
@@ -175,6 +212,7 @@ class _Replay:
         self.findings: list[Findings] = []
         self.stores: list[StoreFindings] = []
         self.outputs = Outputs()
+        self.repaired = RepairedDays()
         self.replayed: dict[int, tuple[int, int, int]] = {}
         self.covered: dict[int, tuple[int, int]] = {}
         """Partition -> trades whose outputs beside bars can be compared."""
@@ -199,6 +237,12 @@ class _Replay:
         self.lost += max(first - run.start["trades"][partition], 0)
         self.replayed[partition] = (low, first, stop)
         store = StoreComparison(self._client, partition, self._stored[partition], run.end["bars"][partition])
+        note = self.repaired.begin(partition, begin, run.end["bars"][partition], self._stored[partition])
+
+        def on_live(live: LiveRecord) -> None:
+            store.take(live)
+            note(live)
+
         with Stretch(self._settings, "bars", partition, begin, self._high["bars"][partition]) as live:
             comparison = Comparison(
                 BarShard(partition, self._config, self._codecs),
@@ -209,7 +253,7 @@ class _Replay:
                 whole=low == 0,
                 bars_stop=run.end["bars"][partition],
                 explain_repair=self._reason,
-                on_live=store.take,
+                on_live=on_live,
                 on_made=lambda input_offset, out: self.outputs.take(input_offset, out, partition),
             )
             taken = self._feed(comparison, partition, low, stop)

@@ -159,14 +159,19 @@ class Comparison:
 
     def _repaired(self, live: LiveRecord) -> None:
         for row, key in enumerate(row_keys(live.frame)):
+            if not key.is_final:
+                self._unexplained_repair(live, key, "is an open bar of the repair, which publishes closed ones alone")
+                continue
             reason = self._explain_repair(key) or self._carried_reason(key, int(live.frame.columns["trade_count"][row]))
             if reason is not None:
                 self._carried[key.instrument, key.timeframe_s] = (key.open_time_us + key.timeframe_s * _US, reason)
                 self._count(reason, key.timeframe_s)
                 continue
-            self._count("", key.timeframe_s)
-            what = "was published by the repair, and no repair or gap of the ledger explains it"
-            self._keep(Difference(what=what, partition=self._partition, bars_offset=live.offset, input_offset=-1, key=key))
+            self._unexplained_repair(live, key, "was published by the repair, and no repair or gap of the ledger explains it")
+
+    def _unexplained_repair(self, live: LiveRecord, key: RowKey, what: str) -> None:
+        self._count("", key.timeframe_s)
+        self._keep(Difference(what=what, partition=self._partition, bars_offset=live.offset, input_offset=-1, key=key))
 
     def _carried_reason(self, key: RowKey, trade_count: int) -> str | None:
         """The reason of a bar without trades right behind a repaired one: it carries that one's price on, beyond the end of the job."""

@@ -92,6 +92,7 @@ def certificate(report: Report) -> tuple[str, str]:
             _strips(value),
             _timeframes(value),
             _explained(value),
+            _repaired(value),
             _outputs(value),
             _partitions(value),
             _how(value),
@@ -123,7 +124,7 @@ def _header(value: Mapping[str, Any]) -> str:
         f'<div class="verdict {"ok" if good else "no"}">{word}<small>{detail}</small></div></header>'
         f"<p>From {_when(run['started_us'])} {escape(end)}; source: {escape(run['source'])}. "
         "Its trades were read from the topic and run through the worker's own code again; every row of bars the run had published was "
-        "compared with what came out, bit for bit.</p>"
+        "compared with what came out, bit for bit. What the repair had published was compared with bars made anew of the trades stored.</p>"
     )
 
 
@@ -213,6 +214,28 @@ def _timeframes(value: Mapping[str, Any]) -> str:
     return "<h2>By timeframe</h2>" + _table(head, rows)
 
 
+def _repaired(value: Mapping[str, Any]) -> str:
+    part = value["repaired"]
+    if not part["bars"] and not part["pending"]:
+        return ""
+    explained = sum(part["explained"].values())
+    row = (
+        _count(part["bars"]),
+        _count(part["equal"], "good"),
+        _count(explained, "warn"),
+        _count(part["pending"], "warn"),
+        _count(part["unexplained"], "bad"),
+    )
+    head = (
+        ("bars", True),
+        ("equal to those of their trades", True),
+        ("explained", True),
+        ("not done or stored", True),
+        ("unexplained", True),
+    )
+    return "<h2>What the repair published, beside the trades stored</h2>" + _table(head, [row])
+
+
 def _outputs(value: Mapping[str, Any]) -> str:
     rows = [
         (
@@ -239,6 +262,7 @@ def _outputs(value: Mapping[str, Any]) -> str:
 def _explained(value: Mapping[str, Any]) -> str:
     bars = value["bars"]
     rows = [(escape(reason), _count(count)) for reason, count in bars["explained"].items()]
+    rows += [(f"a repaired bar: {escape(reason)}", _count(count)) for reason, count in value["repaired"]["explained"].items()]
     if bars["pending"]:
         rows.append(("trades records that the run had not yet turned into bars", _count(bars["pending"])))
     if value["not_retained_records"]:

@@ -6,7 +6,7 @@ market do not fit in memory at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -43,10 +43,11 @@ class RepairReader(SymbolReader):
         client: blocking ``clickhouse-connect`` client in the stack's database.
         exchange, symbol: whose rows.
         page_rows: trades of a page, about.
+        known_at_us: as SymbolReader has it.
     """
 
-    def __init__(self, client: Any, exchange: str, symbol: str, page_rows: int) -> None:
-        super().__init__(client, exchange, symbol)
+    def __init__(self, client: Any, exchange: str, symbol: str, page_rows: int, known_at_us: int | None = None) -> None:
+        super().__init__(client, exchange, symbol, known_at_us)
         self._page_rows = page_rows
 
     def clock(self, timeframe_s: int) -> Clock:
@@ -80,23 +81,22 @@ class RepairReader(SymbolReader):
     def stored(self, start_us: int, end_us: int, timeframes_s: tuple[int, ...]) -> Columns:
         """Newest revision of each bar that opens in ``[start_us, end_us)``: columns ``processors.reconcile.STORED`` and ``last_receive_time_us``."""
         names = ", ".join((*STORED, "last_receive_time_us"))
-        table = self._client.query_arrow(
-            f"SELECT {names} FROM bars WHERE exchange = {{e:String}} AND symbol = {{s:String}} AND timeframe_s IN {{f:Array(Int32)}}"
+        return self._columns(
+            f"SELECT {names} FROM bars WHERE {{of}} AND timeframe_s IN {{f:Array(Int32)}}"
             " AND open_time_us >= {a:Int64} AND open_time_us < {b:Int64}"
             " ORDER BY timeframe_s, open_time_us, revision DESC, kafka_offset DESC LIMIT 1 BY timeframe_s, open_time_us",
-            parameters={**self._parameters, "a": start_us, "b": end_us, "f": list(timeframes_s)},
+            a=start_us,
+            b=end_us,
+            f=list(timeframes_s),
         )
-        return _numpy(table)
 
     def newest_bar(self, timeframe_s: int) -> Columns:
         """The newest bar of a timeframe in its newest revision, as columns of one row (none: of no row)."""
-        table = self._client.query_arrow(
+        return self._columns(
             f"SELECT {', '.join((*STORED, 'last_receive_time_us', 'is_final', 'input_offset'))} FROM bars"
-            " WHERE exchange = {e:String} AND symbol = {s:String} AND timeframe_s = {f:Int32}"
-            " ORDER BY open_time_us DESC, revision DESC, kafka_offset DESC LIMIT 1",
-            parameters={**self._parameters, "f": timeframe_s},
+            " WHERE {of} AND timeframe_s = {f:Int32} ORDER BY open_time_us DESC, revision DESC, kafka_offset DESC LIMIT 1",
+            f=timeframe_s,
         )
-        return _numpy(table)
 
     def held_back(self, start_us: int, end_us: int) -> tuple[Array, Array]:
         """(ids, times) of trades in the range whose valid word is held or discarded; ids ascending."""
@@ -150,12 +150,13 @@ class RepairReader(SymbolReader):
 
     def _ids(self, low: int, high: int) -> Iterator[tuple[Array, Array]]:
         while low <= high:
-            table = self._client.query_arrow(
-                "SELECT trade_id, exchange_time_us FROM trades WHERE exchange = {e:String} AND symbol = {s:String}"
+            page = self._columns(
+                "SELECT trade_id, exchange_time_us FROM trades WHERE {of}"
                 " AND trade_id >= {l:Int64} AND trade_id <= {h:Int64} ORDER BY trade_id LIMIT {n:UInt64}",
-                parameters={**self._parameters, "l": low, "h": high, "n": self._page_rows},
+                l=low,
+                h=high,
+                n=self._page_rows,
             )
-            page = _numpy(table)
             if not len(page["trade_id"]):
                 return
             yield page["trade_id"], page["exchange_time_us"]
@@ -180,11 +181,10 @@ class RepairReader(SymbolReader):
             yield end_us
 
     def _page(self, where: str, **parameters: int) -> Columns:
-        text = f"SELECT {', '.join(_TRADE)} FROM trades WHERE exchange = {{e:String}} AND symbol = {{s:String}} AND {where}"
-        table = self._client.query_arrow(f"{text} ORDER BY exchange_time_us, trade_id", parameters={**self._parameters, **parameters})
-        return _numpy(table)
+        return self._columns(
+            f"SELECT {', '.join(_TRADE)} FROM trades WHERE {{of}} AND {where} ORDER BY exchange_time_us, trade_id", **parameters
+        )
 
-
-def _numpy(table: Any) -> Columns:
-    names: Mapping[int, str] = dict(enumerate(table.column_names))
-    return {name: table.column(place).to_numpy() for place, name in names.items()}
+    def _columns(self, sql: str, **parameters: Any) -> Columns:
+        table = self._client.query_arrow(sql.replace("{of}", self._of), parameters={**self._parameters, **parameters})
+        return {name: table.column(place).to_numpy() for place, name in enumerate(table.column_names)}

@@ -38,11 +38,16 @@ class SymbolReader:
     Args:
         client: blocking ``clickhouse-connect`` client in the stack's database.
         exchange, symbol: whose rows.
+        known_at_us: only rows published until then, as if nothing had come later; None: all.
     """
 
-    def __init__(self, client: Any, exchange: str, symbol: str) -> None:
+    def __init__(self, client: Any, exchange: str, symbol: str, known_at_us: int | None = None) -> None:
         self._client = client
         self._parameters: dict[str, Any] = {"e": exchange, "s": symbol}
+        self._of = "exchange = {e:String} AND symbol = {s:String}"
+        if known_at_us is not None:
+            self._parameters["known"] = known_at_us
+            self._of += " AND known_at_us <= {known:Int64}"
 
     def extent(self) -> tuple[int, int] | None:
         """(first, last) trade time; None without trades. Answered from a projection."""
@@ -92,5 +97,4 @@ class SymbolReader:
         return None
 
     def _rows(self, sql: str, **parameters: Any) -> Any:
-        text = sql.replace("{of}", "exchange = {e:String} AND symbol = {s:String}")
-        return self._client.query(text, parameters={**self._parameters, **parameters}).result_rows
+        return self._client.query(sql.replace("{of}", self._of), parameters={**self._parameters, **parameters}).result_rows

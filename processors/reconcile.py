@@ -116,13 +116,13 @@ def reconcile(
     rows = np.flatnonzero(wanted)
     rows = rows[np.lexsort((rebuilt["open_time_us"][rows], rebuilt["timeframe_s"][rows]))]
     bars: Columns = {name: column[rows] for name, column in rebuilt.items() if name != "symbol_code"}
-    place = _places(stored, bars)
+    place = places(stored, bars)
     known = place >= 0
     before = {name: np.where(known, stored[name][place] if len(stored[name]) else 0, 0) for name in STORED}
-    sound, vouched = _complete(bars, evidence)
+    sound, vouched = completeness(bars, evidence)
     trusted = vouched | (known & (before["complete"] == 1))
     bars["complete"] = (sound & trusted).astype(np.int8)
-    bars["held_count"] = _held(bars, evidence.held_us)
+    bars["held_count"] = held_counts(bars, evidence.held_us)
     differs = ~known
     for name in (*VALUES, "complete", "held_count"):
         differs |= bars[name] != before[name]
@@ -157,7 +157,7 @@ def joined_runs(parts: Iterable[tuple[Array, Array]]) -> Array:
     return np.concatenate(runs) if runs else _NONE.copy()
 
 
-def _places(stored: Mapping[str, Array], bars: Columns) -> Array:
+def places(stored: Mapping[str, Array], bars: Columns) -> Array:
     """Row of each of ``bars`` in ``stored``, -1 where it is not."""
     held, asked = _keys(stored), _keys(bars)
     if not len(held):
@@ -174,7 +174,7 @@ def _keys(bars: Mapping[str, Array]) -> Array:
     return keys
 
 
-def _complete(bars: Columns, evidence: Evidence) -> tuple[Array, Array]:
+def completeness(bars: Columns, evidence: Evidence) -> tuple[Array, Array]:
     """(nothing is known to be missing, something vouches that nothing is) for each bar; bool."""
     open_us, close_us = bars["open_time_us"], bars["close_time_us"]
     sound = np.ones(len(open_us), np.bool_)
@@ -206,5 +206,6 @@ def merged(intervals: Array) -> Array:
     return np.array(found, np.int64).reshape(-1, 2)
 
 
-def _held(bars: Columns, held_us: Array) -> Array:
+def held_counts(bars: Columns, held_us: Array) -> Array:
+    """Trades held back within each bar; ``held_us``: their times, ascending."""
     return np.searchsorted(held_us, bars["close_time_us"], "left") - np.searchsorted(held_us, bars["open_time_us"], "left")

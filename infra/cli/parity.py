@@ -91,10 +91,16 @@ def _show(output: Output, report: Report) -> None:
     identical = f"{bars['identical_records']:,} of {bars['records']:,} records byte for byte"
     output.line(f"{bars['rows']:,} rows of bars compared: {bars['equal']:,} equal; {identical}")
     output.line(f"ClickHouse: {stored['equal']:,} of {stored['rows']:,} final rows equal, {stored['pending']:,} not stored yet")
+    repaired = report.repaired
+    if repaired.bars or repaired.pending:
+        rest = f"{repaired.equal:,} of {repaired.bars:,} bars equal to those of their trades, {repaired.pending:,} not done or stored yet"
+        output.line(f"repair: {rest}")
     for part in report.outputs:
         output.line(f"{part.topic}: {part.equal:,} of {part.records:,} records equal")
     for reason, count in bars["explained"].items():
         output.line(f"explained: {count:,} rows: {reason}")
+    for reason, count in repaired.explained.items():
+        output.line(f"explained: {count:,} repaired bars: {reason}")
     if bars["pending"]:
         output.line(f"not compared: {bars['pending']:,} trades records that the run had not yet turned into bars")
     if report.not_retained:

@@ -74,6 +74,13 @@ def altered(value: bytes, column: str = "close", row: int = -1) -> bytes:
     return CODECS.bars.encode(replace(frame, columns=columns))
 
 
+def final_row(live: list[bytes], place: int) -> tuple[Frame, dict[str, np.ndarray]]:
+    """The frame at or behind ``place`` that has a final bar, and the columns of its last one."""
+    frame = next(frame for frame in map(CODECS.bars.decode, live[place:]) if frame.columns and frame.columns["is_final"].any())
+    row = int(np.flatnonzero(frame.columns["is_final"])[-1])
+    return frame, {name: held[row : row + 1].copy() for name, held in frame.columns.items()}
+
+
 def record_with_rows(live: list[bytes]) -> int:
     """Offset of a record in the middle that has rows."""
     return next(offset for offset in range(len(live) // 2, len(live)) if CODECS.bars.decode(live[offset]).row_count)
@@ -152,8 +159,7 @@ def test_rows_of_the_repair_need_a_job_that_explains_them() -> None:
     """A repaired bar is explained by the job whose interval it touches, and by no other."""
     live = published()
     place = record_with_rows(live)
-    frame = CODECS.bars.decode(live[place])
-    one = {name: held[-1:] for name, held in frame.columns.items()}
+    frame, one = final_row(live, place)
     repaired = CODECS.bars.encode(Frame(source="repair", watermark_us=0, symbols=frame.symbols, columns=one, input_offset=-1))
     live.insert(place + 1, repaired)
     instrument = frame.symbols[int(one["symbol_code"][0])]
@@ -166,11 +172,22 @@ def test_rows_of_the_repair_need_a_job_that_explains_them() -> None:
         assert "repair" in found.differences[0].what
 
 
+def test_an_open_bar_of_the_repair_is_explained_by_nothing() -> None:
+    """It publishes closed bars alone; ClickHouse would not have it."""
+    live = published()
+    frame, one = final_row(live, len(live) // 2)
+    one["is_final"][:] = 0
+    live.insert(-1, CODECS.bars.encode(Frame(source="repair", watermark_us=0, symbols=frame.symbols, columns=one, input_offset=-1)))
+    instrument, open_us = frame.symbols[int(one["symbol_code"][0])], int(one["open_time_us"][0])
+    found = compare(live, jobs=(Job(instrument, open_us, open_us + 1, "gap filled"),))
+    assert [item.what for item in found.differences] == ["is an open bar of the repair, which publishes closed ones alone"]
+
+
 def test_bars_that_carry_a_repaired_price_on_are_explained_with_it() -> None:
     """Bars without trades right behind the job's last bar; not one with trades, and not one after a hole."""
     live = published()
-    frame = CODECS.bars.decode(live[record_with_rows(live)])
-    columns = {name: np.repeat(held[-1:], 4) for name, held in frame.columns.items()}
+    frame, one = final_row(live, record_with_rows(live))
+    columns = {name: np.repeat(held, 4) for name, held in one.items()}
     width_us = int(columns["timeframe_s"][0]) * 1_000_000
     columns["open_time_us"] = columns["open_time_us"] + np.array([0, 1, 2, 4]) * width_us
     columns["trade_count"] = np.array([3, 0, 0, 0], np.int64)
