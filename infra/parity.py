@@ -23,11 +23,12 @@ from infra.parity_findings import Findings, merge
 from infra.parity_outputs import OutputFindings, Outputs
 from infra.parity_reader import Stretch
 from infra.parity_repaired import RepairedFindings, total
-from infra.parity_repaired_store import MOST_DIFFERENCES, Day, Look, RepairedDays, check_days
+from infra.parity_repaired_store import MOST_DIFFERENCES, Day, Look, RepairedDays, RepairedReader, check_days
 from infra.parity_repairs import Job, answers, explain, load_jobs
 from infra.parity_rows import Difference, RowKey
 from infra.parity_store import StoreComparison, StoreFindings
-from infra.parity_topics import check_outputs
+from infra.parity_topics import check_outputs, check_twins
+from infra.parity_twins import TwinBook
 from infra.progress import SINK_GROUP, worker_offsets
 from infra.registry_client import RegistryClient
 from infra.runs import TOPICS_OF_A_RUN, Run
@@ -36,7 +37,9 @@ from infra.settings import Settings, load_settings
 from infra.worker import bar_codecs, bar_config
 from schemas.codec import decode_learning
 from schemas.seam import Clock
+from schemas.symbols import parse_key
 from streams.bar_shard import BarShard
+from streams.row_twin import RowTwin
 
 _TELL_RECORDS: Final = 500
 _WAIT_S: Final = 15.0
@@ -122,9 +125,9 @@ class Report:
 async def check(settings: Settings, run: Run, *, tell: Tell = lambda *_: None, clock: Clock | None = None) -> Report:
     """Replay ``run`` and compare. Raises UnreachableError when a server does not answer."""
     clock = clock or SystemClock()
-    run = await _settled(settings, run, clock)
+    run, until_us = await _settled(settings, run, clock)
     jobs = await load_jobs(settings)
-    report, touched = await asyncio.to_thread(_check, settings, run, explain(jobs), tell, clock)
+    report, touched = await asyncio.to_thread(_check, settings, run, until_us, explain(jobs), tell, clock)
     repaired = await _repaired(settings, touched, clock)
     return replace(report, repaired=repaired, finished_us=clock.now_us())
 
@@ -144,9 +147,13 @@ def _check_days(settings: Settings, touched: RepairedDays, days: Set[Day], jobs:
         return {}
     ttl_us = settings.clickhouse.trades_ttl_days * _DAY_US
     with closing(connect(settings.clickhouse)) as client:
+
+        def reader(day: Day, known_at_us: int | None) -> RepairedReader:
+            pair = parse_key(day.instrument)
+            return RepairedReader(client, pair.exchange, pair.symbol, settings.repair.page_rows, known_at_us)
+
         look = Look(
-            client=client,
-            page_rows=settings.repair.page_rows,
+            reader=reader,
             answers=answers(jobs),
             stretches=touched.stretches,
             kept_from_us=clock.now_us() - ttl_us + _DAY_US if ttl_us else 0,  # a day: bars at the edge have lost part of their trades
@@ -154,8 +161,11 @@ def _check_days(settings: Settings, touched: RepairedDays, days: Set[Day], jobs:
         return check_days(look, days)
 
 
-async def _settled(settings: Settings, run: Run, clock: Clock) -> Run:
-    """The run once worker and sink have come to its end, or stand still; what is missing then counts as pending."""
+async def _settled(settings: Settings, run: Run, clock: Clock) -> tuple[Run, int]:
+    """The run once worker and sink have come to its end, or stand still, and a time before which all it published is in it.
+
+    What is missing then counts as pending.
+    """
     began_us = moved_us = clock.monotonic_us()
     before: Any = None
     while clock.monotonic_us() < min(began_us + int(_WAIT_S * _US), moved_us + int(_STILL_S * _US)):
@@ -169,20 +179,24 @@ async def _settled(settings: Settings, run: Run, clock: Clock) -> Run:
         if (done, stored) != before:
             before, moved_us = (done, stored), clock.monotonic_us()
         await clock.sleep(_POLL_S)
+    now_us = clock.now_us()
     if run.state != "running":
-        return run
+        return run, now_us
     # the bars of its last trades came after we looked
     _, high = await asyncio.to_thread(offsets.bounds, settings.kafka, ["bars"])
-    return replace(run, end={**run.end, "bars": high["bars"]})
+    return replace(run, end={**run.end, "bars": high["bars"]}), now_us
 
 
-def _check(settings: Settings, run: Run, reason: Callable[[RowKey], str | None], tell: Tell, clock: Clock) -> tuple[Report, RepairedDays]:
+def _check(
+    settings: Settings, run: Run, until_us: int, reason: Callable[[RowKey], str | None], tell: Tell, clock: Clock
+) -> tuple[Report, RepairedDays]:
     started_us = clock.monotonic_us()
     with RegistryClient.from_settings(settings) as registry, closing(connect(settings.clickhouse)) as client:
         work = _Replay(settings, run, registry, client, reason, tell)
         for partition in sorted(run.end["trades"]):
             work.partition(partition)
         outputs = [] if work.outputs.full else check_outputs(settings, run, registry, work.outputs, work.covered)
+        outputs.append(check_twins(settings, run, registry, client, work.twins, work.turned, until_us))
     report = Report(
         run=run,
         findings=work.findings,
@@ -213,9 +227,12 @@ class _Replay:
         self.stores: list[StoreFindings] = []
         self.outputs = Outputs()
         self.repaired = RepairedDays()
+        self.twins: list[TwinBook] = []
         self.replayed: dict[int, tuple[int, int, int]] = {}
         self.covered: dict[int, tuple[int, int]] = {}
         """Partition -> trades whose outputs beside bars can be compared."""
+        self.turned: dict[int, tuple[int, int]] = {}
+        """Partition -> trades of the run that it has turned into bars."""
         self.lost = 0
         self._settings, self._run, self._registry, self._client = settings, run, registry, client
         self._reason, self._tell = reason, tell
@@ -239,9 +256,13 @@ class _Replay:
         store = StoreComparison(self._client, partition, self._stored[partition], run.end["bars"][partition])
         note = self.repaired.begin(partition, begin, run.end["bars"][partition], self._stored[partition])
 
+        twins = TwinBook(partition, RowTwin(self._codecs.rows), run.end["bars"][partition])
+        self.twins.append(twins)
+
         def on_live(live: LiveRecord) -> None:
             store.take(live)
             note(live)
+            twins.take(live)
 
         with Stretch(self._settings, "bars", partition, begin, self._high["bars"][partition]) as live:
             comparison = Comparison(
@@ -261,8 +282,9 @@ class _Replay:
         self.findings.append(found)
         self.stores.append(store.flush())
         self._trades += found.trades
+        self.turned[partition] = (first, stop - found.pending)
         if low == 0:  # without the first trades the scores are other ones
-            self.covered[partition] = (first, stop - found.pending)
+            self.covered[partition] = self.turned[partition]
 
     def _feed(self, comparison: Comparison, partition: int, low: int, stop: int) -> int:
         """Replay the trades ``[low, stop)``, as far as the run came; offset after the last one taken."""

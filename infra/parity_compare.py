@@ -35,6 +35,7 @@ class Record(NamedTuple):
     offset: int
     timestamp_ms: int
     value: bytes
+    key: bytes = b""
 
 
 class LiveRecord(NamedTuple):

@@ -242,6 +242,7 @@ def _outputs(value: Mapping[str, Any]) -> str:
             escape(part["topic"]),
             _count(part["records"]),
             _count(part["equal"], "good"),
+            _count(sum(part["explained"].values()), "warn"),
             _count(part["pending"], "warn"),
             _count(part["unexplained"], "bad"),
         )
@@ -251,8 +252,9 @@ def _outputs(value: Mapping[str, Any]) -> str:
         return ""
     head = (
         ("topic", False),
-        ("records of the replay", True),
+        ("records of the replay, or series", True),
         ("equal in the run", True),
+        ("explained", True),
         ("not sent before it ended", True),
         ("unexplained", True),
     )
@@ -263,6 +265,9 @@ def _explained(value: Mapping[str, Any]) -> str:
     bars = value["bars"]
     rows = [(escape(reason), _count(count)) for reason, count in bars["explained"].items()]
     rows += [(f"a repaired bar: {escape(reason)}", _count(count)) for reason, count in value["repaired"]["explained"].items()]
+    rows += [
+        (f"{part['topic']}: {escape(reason)}", _count(count)) for part in value["outputs"] for reason, count in part["explained"].items()
+    ]
     if bars["pending"]:
         rows.append(("trades records that the run had not yet turned into bars", _count(bars["pending"])))
     if value["not_retained_records"]:

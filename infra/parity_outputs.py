@@ -7,6 +7,7 @@ is compared in the same way. Pure: no Kafka; memory is 100 bytes a record.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -17,7 +18,7 @@ from infra.parity_rows import Difference
 from streams.records import OutRecord
 
 COMPARED_ELSEWHERE: Final = ("bars", "bars.rows")
-"""Bars are compared row by row; their row twin is compacted and holds nothing that they do not."""
+"""Bars are compared row by row, their row twin, which is compacted, series by series (``infra.parity_twins``)."""
 MOST_RECORDS: Final = 2_000_000
 _MOST_DIFFERENCES: Final = 20
 
@@ -41,13 +42,22 @@ class OutputFindings:
     """Records of the run that were sent again with the same bytes."""
     pending: int = 0
     """Records that a killed run may not have sent before its end."""
+    explained: Counter[str] = field(default_factory=Counter)
+    """Reason -> records."""
     unexplained: int = 0
     differences: list[Difference] = field(default_factory=list)
 
     def value(self) -> dict[str, Any]:
         """For JSON and the certificate."""
         names = ("topic", "records", "equal", "again", "pending", "unexplained")
-        return {name: getattr(self, name) for name in names} | {"differences": [item.value() for item in self.differences]}
+        counts: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return counts | {"explained": dict(self.explained), "differences": [item.value() for item in self.differences]}
+
+    def differ(self, difference: Difference) -> None:
+        """One unexplained thing."""
+        self.unexplained += 1
+        if len(self.differences) < _MOST_DIFFERENCES:
+            self.differences.append(difference)
 
 
 class Outputs:
@@ -97,9 +107,8 @@ class Outputs:
                 continue
             place = origin(partition, record.value)
             if place is not None and _covers(covered, place):
-                found.unexplained += 1
                 what = f"a record of {topic} ({partition}@{record.offset}) is not in the replay"
-                _keep(found, Difference(what=what, partition=place.partition, bars_offset=-1, input_offset=place.input_offset))
+                found.differ(Difference(what=what, partition=place.partition, bars_offset=-1, input_offset=place.input_offset))
         found.equal = len(seen)
         for digest, place in expected.items():
             if digest in seen:
@@ -107,9 +116,8 @@ class Outputs:
             if killed:
                 found.pending += 1
                 continue
-            found.unexplained += 1
             what = f"the run published no such record of {topic}"
-            _keep(found, Difference(what=what, partition=place.partition, bars_offset=-1, input_offset=place.input_offset))
+            found.differ(Difference(what=what, partition=place.partition, bars_offset=-1, input_offset=place.input_offset))
         return found
 
     def topics(self) -> list[str]:
@@ -124,8 +132,3 @@ def _covers(covered: Mapping[int, tuple[int, int]], place: Origin) -> bool:
 
 def _digest(value: bytes) -> bytes:
     return blake2b(value, digest_size=16).digest()
-
-
-def _keep(found: OutputFindings, difference: Difference) -> None:
-    if len(found.differences) < _MOST_DIFFERENCES:
-        found.differences.append(difference)

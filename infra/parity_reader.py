@@ -52,6 +52,6 @@ class Stretch:
                     if message.offset() >= self._stop:
                         return
                     position = message.offset() + 1
-                    yield Record(message.offset(), message.timestamp()[1], message.value() or b"")
+                    yield Record(message.offset(), message.timestamp()[1], message.value() or b"", message.key() or b"")
         except KafkaException as exc:
             raise unreachable(self._settings, exc) from exc

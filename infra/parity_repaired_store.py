@@ -6,9 +6,10 @@ symbol at a time, its trades in pages. Blocking; may raise ClickHouseError.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -29,8 +30,7 @@ from infra.parity_repairs import Answer, Answers
 from infra.parity_rows import Difference, RowKey
 from infra.repair_reader import RepairReader
 from processors.reconcile import Evidence, rebuild
-from schemas.symbols import parse_key
-from schemas.timeframes import NAME_BY_SECONDS, TIMEFRAMES, US_PER_SECOND
+from schemas.timeframes import MAX_TIME_US, NAME_BY_SECONDS, TIMEFRAMES, US_PER_SECOND
 
 MOST_DIFFERENCES: Final = 50
 _DAY_US: Final = 86_400 * US_PER_SECOND
@@ -89,21 +89,14 @@ class RepairedDays:
 class Look:
     """What a comparison works with."""
 
-    client: Any
-    """A connected clickhouse-connect client."""
-    page_rows: int
-    """Trades of a page, about."""
+    reader: Callable[[Day, int | None], RepairedReader]
+    """Makes the reader of a day's symbol, as of a time (as if nothing had been published later), or None: as of now."""
     answers: Answers
     """How far the jobs of the repair are with a bar."""
     stretches: Mapping[int, Stretch]
     """Partition -> records of the run."""
     kept_from_us: int
     """Older trades may have been deleted by their age; 0: none is."""
-
-    def reader(self, day: Day, known_at_us: int | None = None) -> _Reader:
-        """Of the symbol of that day, as of a time or now."""
-        pair = parse_key(day.instrument)
-        return _Reader(self.client, pair.exchange, pair.symbol, self.page_rows, known_at_us)
 
 
 def check_days(look: Look, days: Iterable[Day]) -> dict[Day, RepairedFindings]:
@@ -113,7 +106,7 @@ def check_days(look: Look, days: Iterable[Day]) -> dict[Day, RepairedFindings]:
 
 def check_day(look: Look, day: Day) -> RepairedFindings:
     """What became of the bars of one day."""
-    reader = look.reader(day)
+    reader = look.reader(day, None)
     published = reader.repaired(day.day * _DAY_US, (day.day + 1) * _DAY_US, day.partition, look.stretches[day.partition])
     found = RepairedFindings(bars=len(published["open"]))
     if not found.bars:
@@ -125,8 +118,9 @@ def check_day(look: Look, day: Day) -> RepairedFindings:
         return found
     states = {one.row: _answered(look, day, published, one.row) for one in wrong}
     then = _right_then(look, day, published, made, wrong, states)
+    gone = _not_comparable(look, day, published, wrong)
     for one in wrong:
-        reason = _not_comparable(look, day, published, one)
+        reason = gone.get(one.row, "")
         if not reason and one.row in then and not one.in_values:
             reason = KNOWN_LATER
         if states[one.row].is_open and one.row in then:
@@ -168,16 +162,24 @@ def _right_then(look: Look, day: Day, published: Columns, made: Columns, wrong: 
     return right
 
 
-def _not_comparable(look: Look, day: Day, published: Columns, wrong: Wrong) -> str:
-    """Why the trades cannot tell what the bar should be; '' when they can."""
-    open_us = int(published["open_time_us"][wrong.row])
-    if open_us < look.kept_from_us:
-        return NOT_RETAINED
-    if wrong.columns or look.reader(day).before(_close_us(published, wrong.row)) is not None:
-        return ""
-    if look.kept_from_us and published["trade_count"][wrong.row] == 0:
-        return NOT_RETAINED  # the trade whose price it carries on was older still
-    return TAKEN_AWAY if len(look.reader(day).held_back(0, _close_us(published, wrong.row))[0]) else ""
+def _not_comparable(look: Look, day: Day, published: Columns, wrong: list[Wrong]) -> dict[int, str]:
+    """Row -> why the trades cannot tell what the bar should be; rows of which they can are left out."""
+    gone = {one.row: NOT_RETAINED for one in wrong if published["open_time_us"][one.row] < look.kept_from_us}
+    closes = {one.row: _close_us(published, one.row) for one in wrong if not one.columns and one.row not in gone}
+    if not closes:
+        return gone
+    reader, asked = look.reader(day, None), sorted(set(closes.values()))
+    place = bisect_left(asked, True, key=lambda close_us: reader.before(close_us) is not None)  # seventeen questions for a day of seconds
+    first_us = asked[place] if place < len(asked) else MAX_TIME_US
+    _, held_us = reader.held_back(0, asked[-1])
+    for row, close_us in closes.items():
+        if close_us >= first_us:
+            continue
+        if look.kept_from_us and published["trade_count"][row] == 0:
+            gone[row] = NOT_RETAINED  # the trade whose price it carries on was older still
+        elif len(held_us) and held_us.min() < close_us:
+            gone[row] = TAKEN_AWAY
+    return gone
 
 
 def _difference(day: Day, published: Columns, wrong: Wrong, *, late: bool) -> Difference:
@@ -193,7 +195,7 @@ def _close_us(published: Columns, row: int) -> int:
     return int(published["open_time_us"][row]) + int(published["timeframe_s"][row]) * US_PER_SECOND
 
 
-class _Reader(RepairReader):
+class RepairedReader(RepairReader):
     """Reads what the repair reads, and what it published."""
 
     def repaired(self, start_us: int, end_us: int, partition: int, stretch: Stretch) -> Columns:

@@ -1,29 +1,37 @@
-"""The topics the worker writes beside bars, read for :class:`infra.parity_outputs.Outputs`."""
+"""The topics the worker writes beside bars, read for :class:`infra.parity_outputs.Outputs` and :class:`infra.parity_twins.TwinBook`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Final
+
+import numpy as np
 
 from infra import offsets
 from infra.parity_compare import Record
 from infra.parity_outputs import Origin, OutputFindings, Outputs
 from infra.parity_reader import Stretch
+from infra.parity_twins import Terms, TwinBook
 from infra.registry_client import RegistryClient
+from infra.repair_reader import RepairReader
 from infra.runs import Run
 from infra.settings import Settings
 from schemas.codec import FrameCodec, RowCodec, decode_learning
 from schemas.errors import DecodeError, UnknownSchemaError
+from schemas.timeframes import TIMEFRAME_SECONDS
 from schemas.topics import TOPICS
 from streams.bar_shard import COMPONENT
+from streams.row_twin import TOPIC as TWIN
+from streams.row_twin import RowTwin
 
+Covered = Mapping[int, tuple[int, int]]
+"""Partition -> trades ``[first, stop)``."""
 BESIDE_BARS: Final = ("quality", "quarantine", "deadletter")
 """Looked at in any case: a record there that the replay does not make is a difference too."""
 
 
-def check_outputs(
-    settings: Settings, run: Run, registry: RegistryClient, outputs: Outputs, covered: Mapping[int, tuple[int, int]]
-) -> list[OutputFindings]:
+def check_outputs(settings: Settings, run: Run, registry: RegistryClient, outputs: Outputs, covered: Covered) -> list[OutputFindings]:
     """Compare every topic, from the run's start to now. Raises UnreachableError."""
     names = sorted({*outputs.topics(), *BESIDE_BARS})
     starts = offsets.since(settings.kafka, names, run.started_us)
@@ -36,6 +44,46 @@ def check_outputs(
                     yield partition, record
 
     return [outputs.check(name, records(name), _origin(registry, name), covered, killed=run.state != "running") for name in names]
+
+
+def check_twins(
+    settings: Settings, run: Run, registry: RegistryClient, client: Any, books: Iterable[TwinBook], covered: Covered, until_us: int
+) -> OutputFindings:
+    """Compare ``bars.rows`` with ``bars``, partition by partition, from the run's start to now.
+
+    Args:
+        client: a connected clickhouse-connect client.
+        books: of all partitions, their records of ``bars`` taken.
+        covered: partition -> trades ``[first, stop)`` of the run that it has turned into bars.
+        until_us: when the end of the run was read.
+    """
+    found = OutputFindings(topic=TWIN)
+    codec = registry.row_codec(TWIN)
+    starts = offsets.since(settings.kafka, [TWIN], run.started_us)[TWIN]
+    _, ends = offsets.bounds(settings.kafka, [TWIN])
+
+    def stored(key: bytes) -> bytes | None:
+        instrument, _, timeframe = key.decode(errors="replace").rpartition(":")
+        exchange, _, symbol = instrument.partition(":")
+        newest = RepairReader(client, exchange, symbol, 1).newest_bar(TIMEFRAME_SECONDS.get(timeframe, 0))
+        if not len(newest["open"]):
+            return None
+        columns = {"symbol_code": np.zeros(1, np.int32), **newest}
+        return RowTwin(codec).records(0, int(newest["input_offset"][0]), (instrument,), columns)[0].value
+
+    for book in books:
+        first, stop = covered[book.partition]
+        terms = Terms(
+            first=first,
+            stop=stop,
+            until_us=min(run.ended_us or until_us, until_us),
+            killed=run.state == "killed",
+            decode=partial(_row, codec, registry),
+            stored=stored,
+        )
+        with Stretch(settings, TWIN, book.partition, starts[book.partition], ends[TWIN][book.partition]) as records:
+            book.check(records, terms, found)
+    return found
 
 
 def _origin(registry: RegistryClient, name: str) -> Callable[[int, bytes], Origin | None]:
@@ -56,12 +104,21 @@ def _of_frame(codec: FrameCodec, registry: RegistryClient, partition: int, value
 
 
 def _of_row(codec: RowCodec, registry: RegistryClient, value: bytes) -> Origin | None:
-    try:
-        row: dict[str, Any] = codec.decode(value)
-    except UnknownSchemaError as unknown:
-        codec.add_writer(unknown.schema_id, registry.schema(unknown.schema_id))
-        return _of_row(codec, registry, value)
-    except DecodeError:
+    row = _row(codec, registry, value)
+    if row is None:
         return None
     made_here = row.get("component") == COMPONENT and row.get("topic") == "trades"
     return Origin(int(row["partition"]), int(row["offset"])) if made_here else None
+
+
+def _row(codec: RowCodec, registry: RegistryClient, value: bytes) -> dict[str, Any] | None:
+    try:
+        return dict(codec.decode(value))
+    except UnknownSchemaError as unknown:
+        try:
+            codec.add_writer(unknown.schema_id, registry.schema(unknown.schema_id))
+        except KeyError:
+            return None
+        return _row(codec, registry, value)
+    except DecodeError:
+        return None

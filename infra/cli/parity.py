@@ -16,6 +16,7 @@ from schemas.timeframes import NAME_BY_SECONDS, format_time_us
 if TYPE_CHECKING:
     from infra.parity import Report
 
+_TWIN = "bars.rows"
 _SHOWN = 10
 """Differences a person gets to see; --json and the certificate have more."""
 
@@ -96,9 +97,13 @@ def _show(output: Output, report: Report) -> None:
         rest = f"{repaired.equal:,} of {repaired.bars:,} bars equal to those of their trades, {repaired.pending:,} not done or stored yet"
         output.line(f"repair: {rest}")
     for part in report.outputs:
-        output.line(f"{part.topic}: {part.equal:,} of {part.records:,} records equal")
+        what = "series end with the same bar" if part.topic == _TWIN else "records equal"
+        output.line(f"{part.topic}: {part.equal:,} of {part.records:,} {what}")
     for reason, count in bars["explained"].items():
         output.line(f"explained: {count:,} rows: {reason}")
+    for part in report.outputs:
+        for reason, count in part.explained.items():
+            output.line(f"explained: {count:,} of {part.topic}: {reason}")
     for reason, count in repaired.explained.items():
         output.line(f"explained: {count:,} repaired bars: {reason}")
     if bars["pending"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from infra.parity_compare import NOT_RETAINED, OTHER_SCHEMA, SENT_TWICE, Compari
 from infra.parity_findings import Findings
 from infra.parity_html import read_certificate, write
 from infra.parity_outputs import Origin, OutputFindings, Outputs
+from infra.parity_repaired import RepairedFindings
 from infra.parity_repairs import Job, explain
-from infra.parity_rows import RowKey
+from infra.parity_rows import Difference, RowKey
 from infra.runs import Run
 from schemas.codec import FrameCodec, schema_text
 from schemas.frames import Frame
@@ -318,6 +320,20 @@ def test_a_certificate_states_its_verdict_and_cannot_be_changed_unseen(tmp_path:
     file.write_text("<html></html>", "utf-8")
     with pytest.raises(InputFileError, match="no certificate"):
         read_certificate(file)
+
+
+def test_a_certificate_names_what_the_repair_got_wrong(tmp_path: Path) -> None:
+    """The bar, the column and both values; the verdict is a difference though every row has a reason."""
+    key = RowKey("a:B", 60, 60_000_000, 2, 1)
+    wrong = Difference(what="is wrong", partition=0, bars_offset=7, input_offset=-1, key=key, columns={"volume": (2.0, 1.0)})
+    repaired = RepairedFindings(bars=3, equal=1, explained=Counter({"<later>": 1}), unexplained=1, differences=[wrong])
+    file = tmp_path / "certificate.html"
+    write(file, replace(report(compare(published())), repaired=repaired))
+    data, _ = read_certificate(file)
+    assert (data["verdict"], data["unexplained"], data["repaired"]["unexplained"]) == ("difference", 1, 1)
+    text = file.read_text("utf-8").split('<script id="data"')[0]
+    assert "volume: 2.0 / 1.0" in text
+    assert "a repaired bar: &lt;later&gt;" in text
 
 
 def test_a_certificate_of_parity_says_so(tmp_path: Path) -> None:

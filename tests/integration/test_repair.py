@@ -15,10 +15,12 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from infra import parity
 from infra.cli.main import main
 from infra.export import export
 from infra.repair_jobs import RepairJobs, Wanted
 from infra.replay import replay_file
+from infra.runs import begin_run, find_run
 from schemas.frames import END_OF_SOURCE, GAP_FILLED, GAP_UNFILLABLE, HISTORY
 from tests.integration.conftest import RunningStack
 from tests.integration.repair_chain import SECOND, START_US, Chain, Feed, market, no_fault, running, values
@@ -243,3 +245,16 @@ async def test_a_job_that_is_widened_while_it_is_worked_on_is_worked_on_again(st
         assert again.created_us > read[0].created_us  # it waits for what was published since
         await jobs.save([again], state="done", until_us=START_US + SECOND)
         assert (await jobs.due(START_US), (await jobs.get(again.id) or again).state) == ([], "done")
+
+
+async def test_every_bar_the_repair_published_is_certified(chain: Chain) -> None:
+    """All of the above as one run: each repaired bar is that of its trades, in its values and in what was known of them."""
+    await begin_run(chain.settings, "none", 0)
+    report = await parity.check(chain.settings, await find_run(chain.settings, "last"))
+    assert [item.text() for item in report.differences] == []
+    assert report.unexplained == 0
+    assert report.repaired.bars == report.repaired.equal > 40
+    assert (
+        sum(count for part in report.findings for reason, count in part.explained.items() if reason.startswith("repair"))
+        >= report.repaired.bars
+    )

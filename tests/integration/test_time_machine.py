@@ -27,6 +27,9 @@ from infra.parity_findings import Findings
 from infra.progress import worker_offsets
 from infra.provision import provision
 from infra.registry_client import RegistryClient
+from infra.repair_publish import BarPublisher
+from infra.repair_reader import RepairReader
+from infra.repair_run import Outcome
 from infra.replay import replay_file
 from infra.runs import Run, begin_run, end_run, find_run, list_runs
 from infra.seam import SystemClock
@@ -215,6 +218,23 @@ async def test_a_run_killed_in_the_middle_replays_to_the_same_bytes(machine: Mac
     outputs = {part.topic: part for part in report.outputs}
     assert outputs["quality"].records == outputs["quality"].equal > 0
     assert set(outputs) >= {"quality", "quarantine", "deadletter"}
+    assert outputs["bars.rows"].records == outputs["bars.rows"].equal == 8  # a day ends in the capture: every timeframe
+
+
+async def test_a_planted_last_word_of_the_row_twin_is_found_and_named(machine: Machine) -> None:
+    """The newest record of a series with another close; sent again as it was, all is well."""
+    with RegistryClient.from_settings(machine.settings) as registry:
+        codec = registry.row_codec("bars.rows")
+        last = next(message for message in reversed(messages(machine.settings, "bars.rows")) if message.key() == f"{KEY}:1s".encode())
+        row = codec.decode(last.value())
+        producer = FrameProducer(machine.settings.kafka, registry)
+        for close in (row["close"] + 0.01, row["close"]):
+            value = codec.encode({**row, "close": close})
+            await producer.send_raw("bars.rows", partition_of(KEY, 4), last.key(), value)
+            await producer.flush()
+            found = next(part for part in (await check(machine)).outputs if part.topic == "bars.rows")
+            assert [item.columns for item in found.differences] == ([] if close == row["close"] else [{"close": (close, row["close"])}])
+            assert found.unexplained == len(found.differences)
 
 
 async def test_a_running_run_is_listed_with_its_stretch(machine: Machine) -> None:
@@ -383,34 +403,39 @@ async def test_before_and_after_a_revision_a_session_gives_the_old_and_the_new_b
 
 
 async def test_a_repaired_bar_must_be_the_bar_of_its_trades(machine: Machine) -> None:
-    """A job is no excuse: the doubled volume is named. The right bar one revision up, as the repair would make it, is fine."""
-    run = (await list_runs(machine.settings))[-1]
-    bars = clickhouse(machine.settings.clickhouse)
+    """A job is no excuse: the doubled volume is named. The right bar one revision up, published as the repair does it, is fine."""
+    client = clickhouse(machine.settings.clickhouse)
     try:
-        where = "WHERE timeframe_s = 1 AND symbol = 'BTC-USDT' AND input_offset < 0 ORDER BY revision DESC LIMIT 1"
+        reader = RepairReader(client, "binance", "BTC-USDT", 1_000)
+        newest = reader.newest_bar(1)
         names = ", ".join(name for name in FrameCodec("bars", 1).dtypes if name != "symbol_code")
-        stored = bars.query(f"SELECT {names} FROM bars {where}")
+        found = client.query(f"SELECT {names} FROM bars WHERE symbol = 'BTC-USDT' AND input_offset < 0")
     finally:
-        bars.close()
-    wrong = dict(zip(stored.column_names, stored.result_rows[0], strict=True))
+        client.close()
+    [row] = found.result_rows
+    wrong = dict(zip(found.column_names, row, strict=True))
+    open_us = wrong["open_time_us"]
     async with connected(machine.settings.postgres) as connection:
         sql = "INSERT INTO repairs (topic_prefix, exchange, symbol, start_us, end_us, reason, trigger) VALUES ($1, 'binance', 'BTC-USDT', $2, $3, 'request', 'test')"
-        open_us = wrong["open_time_us"]
         await connection.execute(sql, machine.settings.kafka.topic_prefix, open_us, open_us + 1)
+    run = (await list_runs(machine.settings))[-1]
     report = await check(machine, run)
     assert found_in(report).explained == {"repair: request": 1}
-    assert (report.repaired.bars, report.repaired.unexplained, report.unexplained) == (1, 1, 1)
+    assert (report.repaired.bars, report.repaired.unexplained) == (1, 1)
     [difference] = report.repaired.differences
     assert difference.key is not None
     assert (difference.key.open_time_us, difference.key.revision) == (open_us, 1)
     assert difference.columns == {"volume": (wrong["volume"], wrong["volume"] / 2)}
-    codec = FrameCodec("bars", 1)
-    right = wrong | {"revision": 2, "volume": wrong["volume"] / 2, "symbol_code": 0}
-    columns = {name: np.array([right[name]], dtype) for name, dtype in codec.dtypes.items()}
-    await publish_bars(machine, Frame(source="repair", watermark_us=0, symbols=(KEY,), columns=columns, input_offset=-1))
-    for known, rows in ((run, 1), ((await list_runs(machine.settings))[-1], 2)):  # published behind the end of the run, and in it
+    assert [item.what for part in report.outputs for item in part.differences] == ["has no record in bars.rows"]
+
+    right = wrong | {"revision": 2, "volume": wrong["volume"] / 2}
+    rows = {name: np.array([right[name]], dtype) for name, dtype in FrameCodec("bars", 1).dtypes.items() if name != "symbol_code"}
+    with RegistryClient.from_settings(machine.settings) as registry:
+        publisher = BarPublisher(FrameProducer(machine.settings.kafka, registry), registry)
+        await publisher.publish(KEY, partition_of(KEY, 4), Outcome(rows=rows, newest=[newest], checked=1, waits_us=None))
+    for known, count in ((run, 1), ((await list_runs(machine.settings))[-1], 2)):  # published behind the end of the run, and in it
         report = await check(machine, known)
-        assert found_in(report).explained == {"repair: request": rows}
+        assert found_in(report).explained == {"repair: request": count}
         assert (report.repaired.bars, report.repaired.equal, report.unexplained) == (1, 1, 0)
 
 
