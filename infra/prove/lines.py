@@ -56,6 +56,9 @@ def _matrix() -> tuple[str, ...]:
     return (*(test for test in named_tests() if not test.startswith(FORM_FILES)), *FORM_FILES)
 
 
+_PARITY = tuple(f"tests/infra/test_parity{part}.py" for part in ("", "_repaired", "_repaired_store", "_twins"))
+
+
 def _integration(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/integration/{name}" for name in names)
 
@@ -157,7 +160,7 @@ LINES: Final[tuple[Line, ...]] = (
     Line(
         name="parity",
         claim="A recorded live session replayed from its topics gives the same rows; none is unexplained.",
-        steps=(Step(name="parity", tests=("tests/infra/test_parity.py", *_integration("test_time_machine.py"))),),
+        steps=(Step(name="parity", tests=(*_PARITY, *_integration("test_time_machine.py"))),),
     ),
 )
 
