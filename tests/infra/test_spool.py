@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
@@ -542,3 +543,98 @@ async def test_a_spool_on_a_full_disk_is_sent_and_makes_the_room_itself() -> Non
     await sink.close(1.0)
     running.cancel()
     assert sorted(number for _, number in broker.log) == list(range(600))
+
+
+# A slow disk.
+
+
+class Turns(Time):
+    """A clock that goes on by 5 ms with each turn of the event loop: a loop that is blocked stops it."""
+
+    async def run(self) -> None:
+        """Go on; beside the sink."""
+        while True:
+            self.now += 5_000
+            await asyncio.sleep(0.0005)
+
+    async def sleep(self, seconds: float) -> None:
+        """See Clock."""
+        until = self.now + int(seconds * 1e6) + 1
+        while self.now < until:
+            await asyncio.sleep(0.0005)
+
+
+class SlowDisk(Disk):
+    """A disk whose writes and syncs take their time, by a clock that only goes on while the event loop does."""
+
+    def __init__(self, clock: Turns, *, write_s: float, sync_s: float) -> None:
+        super().__init__()
+        self._clock, self._write_s, self._sync_s = clock, write_s, sync_s
+        self.syncs = 0
+        self.longest_s = 0.0
+
+    def append(self, name: str, data: bytes) -> None:
+        """See Files."""
+        self._take(self._write_s)
+        super().append(name, data)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """See Files."""
+        self._take(self._write_s)
+        super().replace(name, data)
+
+    def sync(self, name: str) -> None:
+        """See Files."""
+        size = len(self.files.get(name, b""))
+        self._take(self._sync_s)
+        self.syncs += 1
+        if name in self.files:  # what was appended meanwhile is not promised
+            self.synced[name] = size
+
+    def _take(self, seconds: float) -> None:
+        begun_us, limit = self._clock.now, time.monotonic() + 20
+        while self._clock.now - begun_us < seconds * 1e6:
+            assert time.monotonic() < limit, "the event loop stands still while the disk is busy"
+            time.sleep(0.0002)
+        self.longest_s = max(self.longest_s, (self._clock.now - begun_us) / 1e6)
+
+
+async def test_a_slow_disk_delays_what_is_spooled_and_nothing_else() -> None:
+    """Writes of 30 ms, syncs of half a second: in order, each once, in bounded memory; the event loop goes on, or the disk would never end."""
+    clock = Turns()
+    broker, disk = Broker(), SlowDisk(clock, write_s=0.03, sync_s=0.5)
+    sink = SpoolSink(broker, opened(disk), clock, SpoolSinkConfig(window_bytes=2_000, read_bytes=500))
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        while True:
+            most = max(most, sink.waiting_bytes)
+            await asyncio.sleep(0)
+
+    beside = [asyncio.create_task(task) for task in (clock.run(), sink.run(), watch())]
+
+    async def send(partition: int, first: int, last: int) -> None:
+        for number in range(first, last):
+            await sink.send("trades", partition, Frame(source="s", watermark_us=number))
+            await clock.sleep(0.01)
+
+    async def both(first: int, last: int) -> None:
+        await asyncio.gather(send(0, first, last), send(1, first, last))
+
+    await both(0, 50)
+    assert disk.writes == 0 and disk.syncs == 0
+    broker.away = True
+    await both(50, 150)
+    assert sink.is_spooling and disk.writes > 150 and disk.syncs > 0
+    disk_of_then = {name: bytes(data[: disk.synced.get(name, 0)]) for name, data in disk.files.items()}
+    broker.away = False
+    await both(150, 200)
+    await sink.drained()
+    assert await sink.close(5.0)
+    for task in beside:
+        task.cancel()
+    await asyncio.gather(*beside, return_exceptions=True)
+    assert broker.numbers(0) == broker.numbers(1) == list(range(200))
+    assert sum(len(decode(data)) for data in disk_of_then.values()) > 50, "syncs keep up with what is written"
+    assert most <= 2_000 + 4 * 200 and disk.longest_s >= 0.5

@@ -54,6 +54,19 @@ def test_killed_component_leaves_the_tables_of_an_undisturbed_run(target: str) -
     assert disturbed.digest != calm.digest
 
 
+def test_broker_with_slow_syncs_leaves_the_tables_of_an_undisturbed_run() -> None:
+    """Every sync takes 0.4 s, and the broker is killed between them: what was not acknowledged comes again, nothing else is known by then."""
+    seed = 5
+    calm = simulate(Scenario(seed=seed, duration_s=25.0, kills=0, faults=False))
+    for kills in (0, 6):
+        world = World(Scenario(seed=seed, duration_s=25.0, kills=kills, faults=False, targets=("broker",)))
+        world.broker.sync_us = world.broker.fast_sync_us = 400_000
+        slow = world.run()
+        assert not slow.violations and slow.kills.get("broker", 0) >= kills * 2 // 3
+        assert slow.tables == calm.tables
+        assert slow.digest != calm.digest
+
+
 def test_plain_world_takes_few_steps_a_second() -> None:
     """Why it runs at a thousand times real time, which holds on a slow machine too: nothing polls, so time jumps from event to event."""
     result = simulate(Scenario.plain(2))
