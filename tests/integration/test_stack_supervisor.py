@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from infra import errors
+from infra.provision import provision
 from infra.settings import Settings, load_settings
 from infra.stack import state
 from infra.stack.supervisor import ProcessSpec, Stack, down, read_state
-from tests.integration.conftest import process_environ
+from tests.integration.conftest import RunningStack, process_environ
+from tests.integration.test_worker import check_outputs, encoded, publish, wait_done
 
 # Nothing local: the servers are "elsewhere", so that these tests run processes of their own only, in a second each.
 _ELSEWHERE = {
@@ -314,6 +321,79 @@ def test_a_process_that_says_it_is_stuck_is_started_again_with_its_reason(settin
     time.sleep(3)
     assert the(stack, "web").restarts == 1
     stack.down()
+
+
+HANGING_WORKER = """
+import asyncio, sys
+from pathlib import Path
+from infra.worker import main
+from streams.runner import BarRunner
+hung, handle = Path(sys.argv.pop(1)), BarRunner.handle
+async def hang(self, partition, offset, value):
+    if sum(shard.applied_offset + 1 for shard in self.shards.values()) >= 20:
+        hung.touch()
+        await asyncio.Event().wait()
+    await handle(self, partition, offset, value)
+if not hung.exists():
+    BarRunner.handle = hang
+sys.exit(main())
+"""
+"""The worker itself; in its first life it waits for ever in the middle of a record, as for a lock that nobody gives back."""
+
+
+async def test_a_worker_whose_input_offset_stands_still_is_started_again(stack: RunningStack, topic_prefix: str, tmp_path: Path) -> None:
+    """It lives and answers, its loop and its group membership go on: only its offset does not move. It says so, is ended, and all arrives."""
+    servers = {
+        name: value
+        for name, value in stack.settings.as_environ().items()
+        if name.endswith(("_BOOTSTRAP", "CLICKHOUSE_URL", "_DSN", "REGISTRY_URL"))
+    }
+    settings = load_settings(
+        {
+            **process_environ(tmp_path / "data"),
+            **servers,
+            "MARKETSTREAM_TOPIC_PREFIX": topic_prefix,
+            "MARKETSTREAM_WATCHDOG_STUCK_S": "4",
+            "MARKETSTREAM_WORKER_SNAPSHOT_INTERVAL_S": "0.2",
+        }
+    )
+    provision(settings)
+    script, hung = tmp_path / "worker.py", tmp_path / "hung"
+    script.write_text(HANGING_WORKER)
+    address = f"http://127.0.0.1:{settings.worker.health_port}"
+    argv = (sys.executable, str(script), str(hung))
+    supervised = Stack(
+        settings, [ProcessSpec(name="worker", argv=argv, ready=address + "/readyz", live=address + "/livez", ready_timeout_s=300)]
+    )
+    before = supervised.up()[0]
+    await publish(settings, encoded(settings, 4_000, 50))
+
+    def asked(path: str) -> dict[str, Any]:
+        try:
+            with urllib.request.urlopen(address + path, timeout=5) as answer:
+                return dict(json.loads(answer.read()))
+        except urllib.error.HTTPError as exc:
+            with exc:
+                return dict(json.loads(exc.read()))
+
+    told: dict[str, dict[str, Any]] = {}
+
+    def is_stuck() -> bool:
+        told.update(progress=asked("/progress"), livez=asked("/livez"))
+        return bool(told["livez"]["status"] == "stuck")
+
+    await asyncio.to_thread(eventually, hung.exists)
+    await asyncio.to_thread(eventually, lambda: asked("/progress")["done"] >= 20)
+    stood = asked("/progress")["done"]
+    await asyncio.to_thread(eventually, is_stuck)
+    assert "records wait and none was applied for" in told["livez"]["reason"]
+    assert told["progress"]["done"] == stood and told["progress"]["waiting"] > 0 and not told["progress"]["blocked"]
+    await asyncio.to_thread(eventually, lambda: the(supervised, "worker").restarts == 1 and the(supervised, "worker").state == "ready", 60)
+    status = the(supervised, "worker")
+    await wait_done(settings)
+    await check_outputs(settings)
+    supervised.down()
+    assert status.pid != before.pid and "none was applied for" in status.reason
 
 
 def test_a_process_that_is_not_ready_is_shown_as_such_and_left_alone(settings: Settings, tmp_path: Path) -> None:
