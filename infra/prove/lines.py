@@ -120,7 +120,11 @@ LINES: Final[tuple[Line, ...]] = (
         claim="Every cell of the fault matrix (docs/faults.md) comes out as it says there, with no step done by hand.",
         steps=(
             Step(name="the matrix is up to date", tests=("tests/infra/test_prove.py",)),
-            Step(name="every test the matrix names", tests=_matrix(), full={"PROVE_CELLS": "all", "PROVE_KILLS": "5"}),
+            Step(
+                name="every test the matrix names",
+                tests=_matrix(),
+                full={"PROVE_CELLS": "all", "PROVE_KILLS": "5", "MARKETSTREAM_TEST_OLD_CODE": "1"},
+            ),
             Step(
                 name="ten minutes without broker and ClickHouse",
                 tests=_integration("test_supervision.py"),

@@ -1,7 +1,7 @@
 """Releases side by side on one broker: an upgrade rolls through workers, sink and API while old and new producers write; no row differs.
 
-``MARKETSTREAM_TEST_OLD_CODE=1`` (and a checkout with its history) runs the old release's own code as the old worker, not only its schemas;
-it compiles that release's kernels first, half a minute.
+``MARKETSTREAM_TEST_OLD_CODE=1``, as the full proof sets it, runs the old release's own code as the old worker, not only its schemas; it needs
+a checkout with its history, and compiles that release's kernels first, half a minute.
 """
 
 from __future__ import annotations
