@@ -80,6 +80,12 @@ class KafkaSettings:
     sasl_password: str = option("", "used with SASL_*", secret=True)
     ssl_ca_file: str = option("", "CA certificates (PEM); empty: the system's")
     heap_mb: int = option(384, "Java heap of the local broker, MB; 384 carries 16 MB messages at 1 M trades/s", low=192, high=65536)
+    second_port: int = option(
+        0, "port on which the local broker listens besides, for clients that reach it by another address; 0: none", low=0, high=65535
+    )
+    second_address: str = option(
+        "", "host:port that clients of the second port are sent to, e.g. a proxy's or a container's way here; empty: the port itself"
+    )
     retention_mb: int = option(1024, "kept per partition of the local broker, MB, unless a topic says otherwise", low=64)
     retention_hours: int = option(168, "kept per partition of the local broker, hours, unless a topic says otherwise", low=1)
 

@@ -69,14 +69,23 @@ def jvm(heap_mb: int, cache: Path = CACHE_DIR, aot: str | None = None) -> list[s
 
 def properties(settings: KafkaSettings, *, port: int, controller_port: int, logs: Path) -> str:
     """The broker's ``server.properties``."""
+    listeners = [f"PLAINTEXT://127.0.0.1:{port}", f"CONTROLLER://127.0.0.1:{controller_port}"]
+    advertised = [f"PLAINTEXT://127.0.0.1:{port}"]
+    protocols = ["PLAINTEXT:PLAINTEXT", "CONTROLLER:PLAINTEXT"]
+    if settings.second_port:
+        # A client goes where the listener it asked sends it: behind a proxy or out of a container that must be another address.
+        listeners.append(f"SECOND://127.0.0.1:{settings.second_port}")
+        advertised.append(f"SECOND://{settings.second_address or f'127.0.0.1:{settings.second_port}'}")
+        protocols.append("SECOND:PLAINTEXT")
     values: dict[str, str | int] = {
         "process.roles": "broker,controller",
         "node.id": 1,
         "controller.quorum.voters": f"1@127.0.0.1:{controller_port}",
-        "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",
-        "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}",
+        "listeners": ",".join(listeners),
+        "advertised.listeners": ",".join(advertised),
         "controller.listener.names": "CONTROLLER",
-        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "listener.security.protocol.map": ",".join(protocols),
+        "inter.broker.listener.name": "PLAINTEXT",
         "log.dirs": str(logs),
         # Topics are made by us, with their own partitions and retention; a misspelt name must fail, not create.
         "auto.create.topics.enable": "false",

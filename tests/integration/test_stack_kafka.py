@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from confluent_kafka import OFFSET_BEGINNING, TIMESTAMP_LOG_APPEND_TIME, Consumer, KafkaError, Producer, TopicPartition
@@ -13,9 +14,29 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from infra.kafka import ensure_topics
+from infra.settings import KafkaSettings
 from infra.stack import kafka
 from schemas.topics import TOPICS
 from tests.integration.conftest import RunningStack
+
+
+def test_a_second_listener_sends_clients_where_they_are_told() -> None:
+    """Off by default; clients of it are sent to its own port, or to another address, and those of the first never are."""
+    made = {}
+    for name, settings in (
+        ("none", KafkaSettings()),
+        ("own", KafkaSettings(second_port=3)),
+        ("other", KafkaSettings(second_port=3, second_address="broker.example:4")),
+    ):
+        lines = kafka.properties(settings, port=1, controller_port=2, logs=Path("/logs")).splitlines()
+        made[name] = dict(line.split("=", 1) for line in lines)
+    assert made["none"]["listeners"] == "PLAINTEXT://127.0.0.1:1,CONTROLLER://127.0.0.1:2"
+    assert made["own"]["listeners"] == made["other"]["listeners"] == made["none"]["listeners"] + ",SECOND://127.0.0.1:3"
+    assert [found["advertised.listeners"].split(",") for found in made.values()] == [
+        ["PLAINTEXT://127.0.0.1:1"],
+        ["PLAINTEXT://127.0.0.1:1", "SECOND://127.0.0.1:3"],
+        ["PLAINTEXT://127.0.0.1:1", "SECOND://broker.example:4"],
+    ]
 
 
 def _make_topic(stack: RunningStack, name: str) -> None:
