@@ -1,4 +1,4 @@
-"""A TCP proxy that can fall silent: connections stay open, nothing goes through, in neither direction; what a broken network does.
+"""A TCP proxy that can fall silent: connections stay open, nothing goes through, in neither direction; what a broken network does. Or be slow.
 
 Runs in a thread of its own, so that blocking tests and event loops can use it alike::
 
@@ -6,6 +6,7 @@ Runs in a thread of its own, so that blocking tests and event loops can use it a
         proxy.port
         proxy.cut()      # bytes are held, new connections are accepted and get no answer
         proxy.mend()     # what was held goes on, in order
+        proxy.slow(1.0)  # each piece of up to 64 kB takes a second, in either direction; 0.0: no more
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class TcpProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._flows = asyncio.Event()
+        self._piece_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __enter__(self) -> Self:
@@ -52,6 +54,10 @@ class TcpProxy:
     def mend(self) -> None:
         """Let everything through again."""
         self._loop.call_soon_threadsafe(self._flows.set)
+
+    def slow(self, piece_s: float) -> None:
+        """Let each piece of bytes wait for so long from now on."""
+        self._piece_s = piece_s
 
     async def _open(self) -> None:
         self._flows.set()
@@ -94,6 +100,8 @@ class TcpProxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65_536):
+                if self._piece_s:
+                    await asyncio.sleep(self._piece_s)
                 await self._flows.wait()
                 writer.write(data)
                 await writer.drain()
