@@ -168,6 +168,9 @@ class Subscriber:
     def _take(self, message: dict[str, Any]) -> None:
         kind = message["type"]
         if kind == "ack":
+            series = list(self.received)[message["id"]]
+            if self.received[series].cursor:  # a stream that goes on begins with the next row, which a quiet symbol may not have for seconds
+                self.confirmed.add(series)
             return
         if kind == "error":
             self._refused(message)
