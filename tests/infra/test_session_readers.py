@@ -104,6 +104,8 @@ def test_the_store_knows_who_made_the_rows_of_a_bar(tables: Tables) -> None:
     assert known(11) == {T0_US: Shown(0, -1, True)}
     assert known(12) == {T0_US: Shown(0, 5, True)}
     assert known(14) == {T0_US: Shown(1, 6, False), T0_US + 60 * SECOND: Shown(0, 7, False)}
+    tables.insert("trades", [{"exchange": "binance", "symbol": "BTC-USDT", "trade_id": 7, "kafka_offset": 3}])
+    assert tables.query(*known_keys(SeriesKey("trades", "binance", "BTC-USDT"), [7, 8], 4)).result_rows == [(7, 0, -1, 0)]
 
 
 async def test_a_tail_that_follows_ends_when_its_session_is_stopped(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
