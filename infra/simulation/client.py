@@ -169,9 +169,8 @@ class Subscriber:
         kind = message["type"]
         if kind == "ack":
             series = list(self.received)[message["id"]]
-            if self.received[
-                series
-            ].cursor:  # a stream that goes on begins with the next row, which a quiet symbol may not have for seconds
+            if self.received[series].cursor:
+                # a stream that goes on begins with the next row, which a quiet symbol may not have for seconds
                 self.confirmed.add(series)
             return
         if kind == "error":
