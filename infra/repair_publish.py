@@ -30,15 +30,23 @@ class BarPublisher:
         self._twin = RowTwin(registry.row_codec("bars.rows"))
 
     async def publish(self, key: str, partition: int, outcome: Outcome) -> None:
-        """Send the rows of ``outcome`` and wait for the acknowledgement. Raises UnreachableError."""
+        """Send the rows of ``outcome`` and wait for the acknowledgement. Raises UnreachableError.
+
+        The twin goes first and is acknowledged first: who is killed in between finds that ``bars`` still differs, and sends both again. The
+        other way round nothing would differ any more, and the twin's last word on a series would stay an old bar.
+        """
+        frames = []
         for start in range(0, len(outcome.rows["open"]), _FRAME_ROWS):
             columns = {name: column[start : start + _FRAME_ROWS] for name, column in outcome.rows.items()}
             columns = {"symbol_code": np.zeros(len(columns["open"]), np.int32), **columns}
-            await self._producer.send("bars", partition, Frame(source=SOURCE, watermark_us=0, symbols=(key,), columns=columns))
+            frames.append(Frame(source=SOURCE, watermark_us=0, symbols=(key,), columns=columns))
             await self._rows(key, partition, -1, columns)
         for newest in outcome.newest:  # the twin is compacted: the last row of a key is to be its newest bar
             columns = {"symbol_code": np.zeros(1, np.int32), **newest}
             await self._rows(key, partition, int(newest["input_offset"][0]), columns)
+        await self._producer.flush()
+        for frame in frames:
+            await self._producer.send("bars", partition, frame)
         await self._producer.flush()
 
     async def _rows(self, key: str, partition: int, offset: int, columns: Columns) -> None:

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.repair_jobs import Job, Wanted
+from infra.repair_publish import BarPublisher
 from infra.repair_reader import Clock
-from infra.repair_run import SETTLE_US, SymbolRun
+from infra.repair_run import SETTLE_US, Outcome, SymbolRun
 from infra.repair_triggers import merge, of_gaps, of_letter, of_quarantine
 from infra.symbol_reader import Neighbour
-from schemas.codec import FrameCodec
+from schemas.codec import FrameCodec, RowCodec
 from schemas.frames import Frame
 from schemas.timeframes import TIMEFRAMES, timeframe_seconds
 
@@ -209,3 +210,55 @@ def test_flat_bars_after_the_last_trade_are_waited_for_while_the_symbol_moves() 
     assert run.plan([young]).endless == {1}
     assert run.plan([young]).ranges[1] == (T0_US, now_us)
     assert run.plan([old]).endless == set()
+
+
+class Producer:
+    """A producer that dies when it is to flush for the ``dies``-th time."""
+
+    def __init__(self, dies: int) -> None:
+        self.left = dies
+        self.sent: list[str] = []
+
+    async def send(self, topic: str, partition: int, frame: Frame) -> None:
+        """See FrameProducer."""
+        self.sent.append(topic)
+
+    async def send_raw(self, topic: str, partition: int, key: bytes, value: bytes) -> None:
+        """See FrameProducer."""
+        self.sent.append(topic)
+
+    async def flush(self) -> None:
+        """See FrameProducer."""
+        self.left -= 1
+        if not self.left:
+            raise KilledError
+        self.sent.append("acknowledged")
+
+
+class KilledError(Exception):
+    """The process is gone."""
+
+
+class Registry:
+    """Knows the schema of the twin."""
+
+    def row_codec(self, topic: str) -> RowCodec:
+        """See RegistryClient."""
+        assert topic == "bars.rows"
+        return RowCodec("bars_row", 3)
+
+
+async def test_the_twin_is_acknowledged_before_the_bars_are_sent() -> None:
+    """Killed in between the repair finds that the bars still differ, and tells both again; the other way round the twin stayed behind."""
+    count = 5
+    columns = {name: np.zeros(count, dtype) for name, dtype in FrameCodec("bars", 1).dtypes.items() if name != "symbol_code"}
+    columns |= {"timeframe_s": np.ones(count, columns["timeframe_s"].dtype), "is_final": np.ones(count, columns["is_final"].dtype)}
+    newest = {name: column[-1:] for name, column in columns.items()} | {"input_offset": np.array([9])}
+    outcome = Outcome(rows=columns, newest=[newest], checked=count, waits_us=None)
+    producer = Producer(dies=0)
+    await BarPublisher(producer, Registry()).publish("binance:BTC-USDT", 0, outcome)  # type: ignore[arg-type]
+    assert producer.sent == ["bars.rows"] * (count + 1) + ["acknowledged", "bars", "acknowledged"]
+    producer = Producer(dies=1)
+    with pytest.raises(KilledError):
+        await BarPublisher(producer, Registry()).publish("binance:BTC-USDT", 0, outcome)  # type: ignore[arg-type]
+    assert "bars" not in producer.sent
