@@ -91,8 +91,8 @@ CELLS: Final[tuple[Cell, ...]] = (
     _cell("exchange", "venue", "duplicates, reordering, late trades", "Stored once; what came late is not a loss.", _GAPS),
     _cell("exchange", "kill", "away for 2 s, ids go on", "Reconnected; what it traded meanwhile is fetched.", f"{_CELLS}[exchange-restart]"),
     _cell("exchange", "kill", "restarted with its ids reset", "The new numbering is taken from its first trade; nothing of it is taken for a duplicate.", "tests/integration/test_fault_reset.py::test_a_venue_that_numbers_anew_is_followed"),
-    _cell("exchange", "clock", "its clock is 5 minutes ahead, then right", "All trades are stored; bars behind the watermark are made by the repair, and equal a batch in the end.", f"{_CELLS}[exchange-clock-ahead]"),
-    _cell("exchange", "clock", "its clock is 5 minutes behind, then right", "All trades are stored; bars behind the watermark are made by the repair, and equal a batch in the end.", f"{_CELLS}[exchange-clock-behind]"),
+    _cell("exchange", "clock", "its clock is 5 minutes ahead, then right", "All trades are stored; bars behind the watermark are made by the repair, and equal a batch within minutes.", f"{_CELLS}[exchange-clock-ahead]"),
+    _cell("exchange", "clock", "its clock is 5 minutes behind, then right", "All trades are stored; bars behind the watermark are made by the repair, and equal a batch within minutes.", f"{_CELLS}[exchange-clock-behind]"),
     # Worker.
     _cell("worker", "kill", "kill -9 under a replay", "Started again from its snapshot; tables equal an undisturbed run.", f"{_CHAOS}[worker-0]"),
     _cell("worker", "kill", "kill -9 under live trades", "Started again from its snapshot; whole.", f"{_KILLS}[worker]"),

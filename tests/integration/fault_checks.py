@@ -23,9 +23,9 @@ Check = Callable[[], None]
 """Made by a fault, called once everything is whole again."""
 EXACT = ("open", "high", "low", "close", "trade_count", "first_trade_id", "last_trade_id")
 SUMS = ("volume", "quote_volume", "buy_volume")
-_REPAIR_S = 270.0
-"""The repair looks at a stretch 35 s after its end, and waits up to 150 s for evidence that no trade of it is missing; a stretch that goes on is
-looked at again with each trade that comes too late."""
+_REPAIR_S = 400.0
+"""The repair looks at a stretch 35 s after its end and waits for evidence that no trade of it is missing. A clock that was 5 minutes ahead leaves
+bars of the future behind: of what lies before them the last was seen to be decided after 262 s, before the right time has come to them."""
 
 
 def held_partitions(running: Rig) -> set[int]:

@@ -257,7 +257,7 @@ CELLS: dict[str, Fault] = {
 SHORT = ("collector-pause", "sink-partition-clickhouse", "clickhouse-kill")
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("cell", CELLS if ALL else SHORT)
 def test_a_fault_of_one_part_is_survived_without_a_hand(running: Rig, cell: str) -> None:
     """After the fault every trade of every symbol is stored once, bars go on, and what else the cell promises holds."""
