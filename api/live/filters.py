@@ -115,7 +115,7 @@ class Shown(NamedTuple):
 
     revision: int
     input_offset: int = -1
-    """Largest input of the worker's rows; -1: none is the worker's."""
+    """An input of the worker's rows; -1: none is the worker's."""
     repaired: bool = False
     """Whether the repair's row is among them."""
 
@@ -123,11 +123,11 @@ class Shown(NamedTuple):
         """Whether a row that was made of that input (-1: by the repair) was not seen yet, and replaces what was.
 
         The repair and the worker may publish one revision each: a bar the repair closed while the worker was away. The later one is valid.
-        Each sends its own again only as it was: the worker's inputs ascend, the repair looks at what is stored before it publishes.
+        Each sends its own again only as it was: the worker raises the revision of what it changes, the repair looks at what is stored first.
         """
         if revision != self.revision:
             return revision > self.revision
-        return input_offset > self.input_offset if input_offset >= 0 else not self.repaired
+        return self.input_offset < 0 if input_offset >= 0 else not self.repaired
 
 
 class BarFilter:

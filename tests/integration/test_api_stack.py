@@ -219,7 +219,9 @@ class Follower:
                 if done.is_set() and any(row.get("trade_id", row.get("open_time_us")) == self.last for row in self.received):
                     return True
                 continue
-            assert message["type"] != "error", message
+            if message["type"] == "error":
+                assert message["data"]["code"] == "restart", message  # the server says so where it still can; the connection closes next
+                return False
             if message["type"] == "ack":
                 continue
             assert message["type"] not in ("reset", "snapshot"), message
