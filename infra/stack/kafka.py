@@ -126,9 +126,9 @@ def properties(settings: KafkaSettings, *, port: int, controller_port: int, logs
         "metadata.log.max.snapshot.interval.ms": 3_600_000,
         # A broker killed and started again may only register when its former session has run out (9 s by default), which is most of
         # the time a restart takes: 4.7 s until records are taken again at 2 s, 3.4 s at 1 s. A broker that pauses longer is fenced until
-        # its next heartbeat, which clients wait out.
-        "broker.session.timeout.ms": 500,
-        "broker.heartbeat.interval.ms": 100,
+        # its next heartbeat, which clients wait out. At half a second a loaded machine was late, and a topic could not be made meanwhile.
+        "broker.session.timeout.ms": 1000,
+        "broker.heartbeat.interval.ms": 250,
     }
     return "".join(f"{key}={value}\n" for key, value in values.items())
 

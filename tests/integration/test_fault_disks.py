@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from infra.stack.clickhouse_engine import Engine, EngineError, Request, Summary
+from tests import tables
 from tests.integration.fault_chain import figure
 from tests.integration.fault_rig import rig, wait_for
 
@@ -83,6 +84,7 @@ def test_an_insert_on_a_full_disk_is_refused_and_stored_when_there_is_room(tmp_p
         settings = {"insert_deduplication_token": token}
         engine.insert(Request(sql="INSERT INTO t", format="CSV", settings=settings), iter([b"1\n2\n3\n"]), Summary())
 
+    tables.release()
     with small_disk(tmp_path / "disk") as disk:
         engine = Engine(disk / "clickhouse", memory_bytes=1 << 30, threads=1)
         try:
