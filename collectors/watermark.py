@@ -43,7 +43,7 @@ class Watermark:
         """The latest exchange time that is believed now; None before the first observation where the wall clock is not told either."""
         if self._anchor is None:
             return wall_us + self._config.first_jump_us if wall_us else None
-        return self._anchor[0] + max(0, mono_us - self._anchor[1]) + self._config.jump_us
+        return self.venue_us(mono_us) + self._config.jump_us
 
     def observe(self, newest_us: int, mono_us: int, wall_us: int = 0) -> bool:
         """A batch arrived whose newest exchange time is ``newest_us``. Returns False when that time is not believed (yet).

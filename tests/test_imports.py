@@ -25,7 +25,6 @@ UNSEAMED = {
     "infra/cli/": "commands at a person's terminal: they time themselves and wait for other processes",
     "infra/stack/": "starts and watches processes of the operating system, hands the environment on and names new clusters",
     "infra/prove/": "runs the proofs on the real stack and times them",
-    "infra/simulation/proof.py": "is told by `make prove`, in the environment, where figures go",
     "infra/simulation/world.py": "puts seeded randomness in the place of the process's own while a world runs",
 }
 """Where a raw clock, sleep, random number or the environment is met outside the seam, each with its reason; folders end with a slash."""

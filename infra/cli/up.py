@@ -26,6 +26,9 @@ from infra.stack.supervisor import Stack, read_state
 
 PROBE_TIMEOUT_S = 3.0
 """Seconds the live venue gets to answer before the simulated exchange is taken."""
+_SOURCES = "SOURCES"
+"""File of a data folder that says whose trades it holds."""
+_NAMES = {"live": "the live venue", "sim": "the simulated exchange"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +110,6 @@ def decide(settings: Settings, probe: Callable[[Settings], str | None] | None = 
     return Decision(choice="sim", why=f"{venue} does not answer here ({trouble}); this is the simulated exchange, not a real market")
 
 
-_NAMES = {"live": "the live venue", "sim": "the simulated exchange"}
-
-
 def kept_source(settings: Settings) -> str | None:
     """Whose trades the folder holds under the venue's name: ``live``, ``sim``, or None for nobody's yet."""
     found = _sources(settings).get(_place(settings))
@@ -128,9 +128,6 @@ def _sources(settings: Settings) -> dict[str, str]:
         found = json.loads((settings.data_dir / _SOURCES).read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     return {}
-
-
-_SOURCES = "SOURCES"
 
 
 def _place(settings: Settings) -> str:

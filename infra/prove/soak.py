@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 import time
@@ -24,6 +23,7 @@ import numpy.typing as npt
 
 from collectors.simulated.market import Market
 from collectors.simulated.regimes import MarketConfig
+from infra.prove.figures import conclude
 from processors.bars import BarConfig
 from schemas.codec import FrameCodec, RowCodec
 from schemas.errors import DecodeError
@@ -245,20 +245,12 @@ def problems(figures: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, print, append the figures to the file ``PROVE_FIGURES`` names; 0 when everything holds."""
+    """Run, tell; 0 when everything holds."""
     parser = argparse.ArgumentParser(description="Trades through worker and sink, for hours or seconds")
     parser.add_argument("--trades", type=int, default=1_000_000_000, help="how many; a thousand million take about a quarter of an hour")
     arguments = parser.parse_args(argv)
     figures = soak(arguments.trades, told=lambda text: print(text, file=sys.stderr, flush=True))
-    print(json.dumps(figures), flush=True)
-    path = os.environ.get("PROVE_FIGURES")
-    if path:
-        with Path(path).open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"line": "soak", **figures}) + "\n")
-    found = problems(figures)
-    for text in found:
-        print(f"soak: {text}", file=sys.stderr)
-    return 1 if found else 0
+    return conclude("soak", figures, problems(figures))
 
 
 if __name__ == "__main__":

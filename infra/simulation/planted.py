@@ -9,8 +9,8 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 
+from infra.prove.figures import note_figures
 from infra.simulation.bugs import BUGS, planted
-from infra.simulation.proof import note_figures
 from infra.simulation.world import Scenario, simulate
 
 

@@ -7,14 +7,12 @@ long recovery took in virtual seconds. ``python -m infra.simulation.proof --kill
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Final
 
+from infra.prove.figures import note_figures
 from infra.simulation.world import COMPONENTS, Result, Scenario, simulate
 
 KILLS_A_WORLD: Final = 12
@@ -102,14 +100,6 @@ def _failures(seed: int, target: str, calm: Result, result: Result) -> list[str]
         if result.tables[table] != digest:
             found.append(f"seed {seed}, {target} killed: table {table} differs from that of the undisturbed run")
     return found
-
-
-def note_figures(figures: dict[str, Any]) -> None:
-    """Append figures to the file that ``make prove`` names, where it does."""
-    name = os.environ.get("PROVE_FIGURES")
-    if name:
-        with Path(name).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(figures) + "\n")
 
 
 def main() -> int:

@@ -17,6 +17,13 @@ def arrive(detector: StaleDetector, code: int, now: int) -> None:
     detector.observe(np.array([code], np.int64), now)
 
 
+def arrivals(detector: StaleDetector, count: int, gap_us: int) -> int:
+    """So many rows of a symbol, one every ``gap_us`` from 0 on; the time of the last."""
+    for number in range(count):
+        arrive(detector, 0, number * gap_us)
+    return (count - 1) * gap_us
+
+
 def test_a_busy_symbol_is_stale_within_seconds_and_a_quiet_one_is_not() -> None:
     """Same silence, other law: 10 s after trading every 100 ms against every minute."""
     detector = StaleDetector(StaleConfig(symbol_floor_us=2 * S))
@@ -69,10 +76,7 @@ def test_a_busy_symbol_is_found_frozen_within_three_seconds_of_its_first_ones() 
     """Three seconds at 20 arrivals a second are enough to know it; a look every 250 ms."""
     detector = StaleDetector()
     detector.watch(0, 0)
-    now = 0
-    for step in range(60):
-        now = step * S // 20
-        arrive(detector, 0, now)
+    now = arrivals(detector, 60, S // 20)
     looks = [now + look * 250_000 for look in range(1, 20)]
     found = next(look for look in looks if detector.newly_stale(look))
     assert found - now <= 3 * S
@@ -99,10 +103,7 @@ def test_a_silence_that_goes_on_is_told_again_and_less_often() -> None:
     """At three times its length when it was told before; after a row it begins anew, after a reconnect as well."""
     detector = StaleDetector()
     detector.watch(0, 0)
-    now = 0
-    for step in range(600):
-        now = step * S // 20
-        arrive(detector, 0, now)
+    now = arrivals(detector, 600, S // 20)
     told = [look for look in range(1, 200) if detector.newly_stale(now + look * S)]
     assert told == [3, 10, 31, 94]
     assert detector.is_silent(0)
@@ -117,10 +118,7 @@ def test_an_active_feed_is_found_dead_within_three_seconds() -> None:
     """The floor of 2 s and a look every 250 ms."""
     detector = StaleDetector()
     detector.watch(0, 0)
-    now = 0
-    for step in range(2_000):
-        now = step * 20_000
-        arrive(detector, 0, now)
+    now = arrivals(detector, 2_000, 20_000)
     looks = [now + look * 250_000 for look in range(1, 20)]
     found = next(look for look in looks if detector.feed_is_stale(look))
     assert found - now <= 3 * S

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -25,6 +24,7 @@ import numpy as np
 import polars as pl
 
 from infra.clickhouse.client import connect
+from infra.prove.figures import note_figures
 from infra.settings import Settings, load_settings
 from infra.stack.kafka import free_ports
 from tests.integration.conftest import RunningStack
@@ -39,10 +39,7 @@ def figure(line: str, **values: float | str) -> None:
     print(
         f"{line}: " + ", ".join(f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items())
     )
-    path = os.environ.get("PROVE_FIGURES")
-    if path:
-        with Path(path).open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"line": line, **values}) + "\n")
+    note_figures({"line": line, **values})
 
 
 def recovery(took_s: list[float]) -> dict[str, float]:

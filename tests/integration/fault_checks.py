@@ -15,7 +15,7 @@ from infra.kafka import consumer_config
 from processors.bars import build
 from schemas.topics import TOPICS
 from tests.integration.fault_chain import newest_bars, stored_trades, table
-from tests.integration.fault_rig import SYMBOLS, Rig, wait_for
+from tests.integration.fault_rig import SYMBOLS, Rig, canonical, wait_for
 
 Place = tuple[str, int, int]
 """(topic, partition, offset)."""
@@ -111,7 +111,7 @@ def assert_bars_in_the_end(running: Rig, since: dict[str, int], until: dict[str,
 
 
 def _difference(running: Rig, symbol: str, since: int, until: int, skews_us: set[int]) -> str:
-    name = f"{symbol.removesuffix('USDT')}-USDT"
+    name = canonical(symbol)
     made = running.sim(f"/sim/truth?symbol={symbol}&from={running.first[symbol]}")
     trades = stored_trades(running.settings, name).with_columns(exchange=pl.lit("binance"), symbol=pl.lit(name))
     trades = trades.filter(pl.col("trade_id") <= made["id"][-1])

@@ -227,7 +227,7 @@ def rig(small_disk: tuple[str, SmallDisk] | None = None, **variables: str) -> It
                 **base.as_environ(),
                 "MARKETSTREAM_COLLECTOR_REST_URL": f"http://127.0.0.1:{venue.port}",
                 "MARKETSTREAM_COLLECTOR_WS_URL": f"ws://127.0.0.1:{venue.port}",
-                "MARKETSTREAM_COLLECTOR_SYMBOLS": ",".join(f"{symbol.removesuffix('USDT')}-USDT" for symbol in SYMBOLS),
+                "MARKETSTREAM_COLLECTOR_SYMBOLS": ",".join(map(canonical, SYMBOLS)),
                 "MARKETSTREAM_WORKER_SESSION_TIMEOUT_S": "6",
             }
         )

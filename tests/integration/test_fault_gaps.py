@@ -361,7 +361,7 @@ async def scene(stack: RunningStack, topic_prefix: str, tmp_path: Path) -> Async
     market = MarketConfig(symbols=SYMBOLS, rate=RATE, seed=11)
     config = ServerConfig(exchange=ExchangeConfig(spot=market, warmup_s=2.0, history=4_000_000), track_sent=True)
     async with serve(config, SystemClock()) as exchange:
-        symbols = [f"{name.removesuffix('USDT')}-USDT" for name in exchange.exchange.venues["spot"].wire.universe.symbols]
+        symbols = [canonical(name) for name in exchange.exchange.venues["spot"].wire.universe.symbols]
         settings = isolated(
             stack,
             topic_prefix,

@@ -28,7 +28,7 @@ from infra.settings import load_settings
 from infra.stack.supervisor import Stack
 from tests.integration.conftest import process_environ
 from tests.integration.fault_chain import Chain, figure, recovery
-from tests.integration.fault_rig import SYMBOLS, Rig, exchange
+from tests.integration.fault_rig import SYMBOLS, Rig, canonical, exchange
 
 pytestmark = pytest.mark.chaos
 
@@ -50,7 +50,7 @@ def running() -> Iterator[Rig]:
                 **process_environ(folder / "data"),
                 "MARKETSTREAM_COLLECTOR_REST_URL": url,
                 "MARKETSTREAM_COLLECTOR_WS_URL": url.replace("http", "ws"),
-                "MARKETSTREAM_COLLECTOR_SYMBOLS": ",".join(f"{symbol.removesuffix('USDT')}-USDT" for symbol in SYMBOLS),
+                "MARKETSTREAM_COLLECTOR_SYMBOLS": ",".join(map(canonical, SYMBOLS)),
             }
         )
         stack = Stack(settings, specs(settings, "live"))

@@ -8,13 +8,12 @@ or more per 1e8 trades, by the straight line through its resident memory after t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from infra.prove.figures import conclude
 from infra.prove.soak import JUDGED_FROM, SLOPE_LIMIT_MB, WARM_SHARE, slope_mb
-from infra.simulation.proof import note_figures
 from tests.performance.bench_box import SYMBOLS, drain, pids_of, register
 from tests.performance.box import Lag, box, faults, row_count, side, stored_ids
 from tests.performance.usage import MB, Meter
@@ -85,12 +84,7 @@ def main() -> int:
         "--trades", type=int, default=1_000_000_000, help="how many; a thousand million take about three quarters of an hour"
     )
     figures = run(parser.parse_args().trades)
-    print(json.dumps(figures), flush=True)
-    note_figures({"line": "soak", **figures})
-    found = problems(figures)
-    for text in found:
-        print(f"soak: {text}", file=sys.stderr)
-    return 1 if found else 0
+    return conclude("soak", figures, problems(figures))
 
 
 if __name__ == "__main__":
