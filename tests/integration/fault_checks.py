@@ -12,17 +12,15 @@ from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from infra.kafka import consumer_config
-from processors.bars import build
 from schemas.topics import TOPICS
 from tests.integration.fault_chain import newest_bars, stored_trades, table
 from tests.integration.fault_rig import SYMBOLS, Rig, canonical, wait_for
+from tests.integration.fault_tables import BAR_COLUMNS, BAR_KEY, batch_bars, difference
 
 Place = tuple[str, int, int]
 """(topic, partition, offset)."""
 Check = Callable[[], None]
 """Made by a fault, called once everything is whole again."""
-EXACT = ("open", "high", "low", "close", "trade_count", "first_trade_id", "last_trade_id")
-SUMS = ("volume", "quote_volume", "buy_volume")
 _REPAIR_S = 400.0
 """The repair looks at a stretch 35 s after its end and waits for evidence that no trade of it is missing. A clock that was 5 minutes ahead leaves
 bars of the future behind: of what lies before them the last was seen to be decided after 262 s, before the right time has come to them."""
@@ -113,7 +111,7 @@ def assert_bars_in_the_end(running: Rig, since: dict[str, int], until: dict[str,
 def _difference(running: Rig, symbol: str, since: int, until: int, skews_us: set[int]) -> str:
     name = canonical(symbol)
     made = running.sim(f"/sim/truth?symbol={symbol}&from={running.first[symbol]}")
-    trades = stored_trades(running.settings, name).with_columns(exchange=pl.lit("binance"), symbol=pl.lit(name))
+    trades = stored_trades(running.settings, name)
     trades = trades.filter(pl.col("trade_id") <= made["id"][-1])
     count = len(trades)
     assert trades["trade_id"].to_list() == made["id"][:count] and trades["trade_id"][-1] >= until
@@ -125,19 +123,9 @@ def _difference(running: Rig, symbol: str, since: int, until: int, skews_us: set
     touched = trades.filter(chosen)["exchange_time_us"] // 1_000_000 * 1_000_000
     # The newest second of all is not over, or nothing has come after it that would close it.
     seconds = touched.filter(touched < trades["exchange_time_us"].max() // 1_000_000 * 1_000_000).unique().to_list()
-    wanted = build(trades, ["1s"]).with_columns(open_time_us=pl.col("open_time").dt.epoch("us"))
-    wanted = wanted.filter(pl.col("open_time_us").is_in(seconds)).sort("open_time_us")
-    found = newest_bars(running.settings, name)
-    found = found.filter((pl.col("timeframe_s") == 1) & pl.col("open_time_us").is_in(seconds)).sort("open_time_us")
+    bars = (pl.col("timeframe_s") == 1) & pl.col("open_time_us").is_in(seconds)
+    wanted = batch_bars(trades, name).filter(bars).select(BAR_COLUMNS)
+    found = newest_bars(running.settings, name).filter(bars).sort(BAR_KEY)
     assert len(wanted) == len(seconds) > 0
-    missing = set(seconds) - set(found["open_time_us"].to_list())
-    if missing:
-        return f"{name}: {len(missing)} of {len(seconds)} bars are not stored, e.g. that of {min(missing)}"
-    for column in EXACT:
-        if found[column].to_list() != wanted[column].to_list():
-            at = next(i for i, (a, b) in enumerate(zip(found[column], wanted[column], strict=True)) if a != b)
-            return f"{name}: {column} of the bar of {found['open_time_us'][at]} is {found[column][at]}, not {wanted[column][at]}"
-    for column in SUMS:
-        if not ((found[column] - wanted[column]).abs() <= 1e-9 * wanted[column].abs() + 1e-12).all():
-            return f"{name}: {column}"
-    return ""
+    problem = difference(found, wanted, BAR_KEY)
+    return problem and f"{name}: {problem}"
