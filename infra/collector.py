@@ -167,11 +167,14 @@ class CollectorProcess:
         except SpoolFullError as exc:
             logger.error("%s What is not sent yet is fetched by id at the next start.", exc)
 
-    async def _sent_before(self) -> bool:
-        """Wait until what an earlier process left in the spool is in the topics, where the last positions are read; False when stopped."""
-        if not self._sink.is_spooling:
-            return True
-        self._trouble["start"] = "The collector is sending what an earlier one left in its spool."
+    async def sent_before(self) -> bool:
+        """Wait until what an earlier process left in the spool is in the topics, where the last positions are read; False when stopped.
+
+        In the topics, not at the producer: a broker that hangs takes megabytes into a socket and tells nothing of them. Positions read then
+        were those of an empty topic, and what nobody had listened to was never asked for.
+        """
+        if self._sink.waiting_bytes or self._sink.is_spooling:
+            self._trouble["start"] = "The collector is sending what an earlier one left in its spool."
         either = {asyncio.create_task(self._sink.drained()), asyncio.create_task(self._stopping.wait())}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -188,7 +191,7 @@ class CollectorProcess:
             await asyncio.to_thread(self._registry.register, name)
         # loads the compiled reader (0.2 s; 2 s to compile where nobody did) before there is anything to read
         await asyncio.to_thread(BinanceMapper(venue.kind).parse, [b"{}"])
-        if not await self._sent_before():
+        if not await self.sent_before():
             return
         resume = await asyncio.to_thread(self._positions, venue)
         dead_letters = KafkaDeadLetters(self._sink, self._metrics)

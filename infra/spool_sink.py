@@ -289,7 +289,7 @@ class SpoolSink:
             await self._clock.sleep(0.0 if moved else 0.005 if self._spooling else self._config.idle_s)
 
     async def drained(self) -> None:
-        """Until everything that was in the spool is acknowledged. :meth:`run` must be running."""
+        """Until everything taken so far, by the spool or the producer, is acknowledged. :meth:`run` must be running."""
         while self._spooling or self._waiting:
             await self._clock.sleep(0.01)
 

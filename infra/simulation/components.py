@@ -208,8 +208,7 @@ async def run_collector(outside: Outside) -> None:
     spool.open()
     sink = SpoolSink(producer, spool, clock, SpoolSinkConfig(idle_s=outside.tuning.spool_idle_s))
     spooling = asyncio.create_task(sink.run())
-    if sink.is_spooling:  # what an earlier process left is sent before the topics are asked where it was
-        await sink.drained()
+    await sink.drained()  # what an earlier process left is sent before the topics are asked where it was
     resume = await asyncio.to_thread(last_positions, outside.broker, outside.store)
     host, port = EXCHANGE_PLACE
     venue = replace(venue_of(EXCHANGE, rest_url=f"http://{host}:{port}", ws_url=f"ws://{host}:{port}"), page_rows=outside.tuning.page_rows)

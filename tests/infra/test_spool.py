@@ -9,13 +9,17 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra.collector import CollectorProcess
+from infra.collector_metrics import CollectorMetrics
 from infra.errors import DataDirBrokenError, DataDirOwnedError
+from infra.registry_client import RegistryClient
+from infra.settings import load_settings
 from infra.spool import Opened, Record, Spool, SpoolConfig, SpoolDamagedError, SpoolFullError, decode, encode
 from infra.spool_files import DiskFiles
 from infra.spool_sink import SpoolSink, SpoolSinkConfig
@@ -493,6 +497,27 @@ async def test_closing_while_the_broker_is_away_keeps_everything_on_disk() -> No
     await again.drained()
     running.cancel()
     assert broker.numbers(0) == [0, 2, 4, 6, 8, 10]
+
+
+async def test_what_an_earlier_collector_left_counts_as_sent_once_the_broker_has_it() -> None:
+    """Not when the producer has taken it: a broker that hangs takes it into a socket, and its topics do not tell of it yet."""
+    broker, disk, clock = Broker(), Disk(), Time()
+    broker.away = True
+    sink = sink_over(broker, disk, clock)
+    await feed(sink, clock, 0, 10)
+    await sink.close(0.5)
+    broker.restarted()
+    again = sink_over(broker, disk, clock)
+    running = asyncio.create_task(again.run())
+    while again.is_spooling:
+        await clock.sleep(0.01)
+    process = CollectorProcess(load_settings({}), cast(RegistryClient, None), again, CollectorMetrics("binance"))
+    waiting = asyncio.create_task(process.sent_before())
+    await clock.sleep(0.5)
+    assert not waiting.done() and broker.log == []
+    broker.away = False
+    assert await waiting and broker.numbers(0) == [0, 2, 4, 6, 8]
+    running.cancel()
 
 
 async def test_a_small_queue_of_the_producer_is_waited_for() -> None:
