@@ -107,7 +107,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """Servers are not healed while a test holds them: the watchers wait an hour for them, and 3 s for ours."""
+    """Servers are not healed while a test holds them: the watchers wait an hour for them, and 6 s for ours."""
     with tempfile.TemporaryDirectory(prefix="marketstream-supervision-", ignore_cleanup_errors=True) as folder:
         base = load_settings(
             {
@@ -115,7 +115,7 @@ def world() -> Iterator[World]:
                 "MARKETSTREAM_SIM_TRADES_PER_S": str(RATE),
                 "MARKETSTREAM_SIM_SYMBOLS": "40",
                 "MARKETSTREAM_WATCHDOG_SERVER_SILENT_S": "3600",
-                "MARKETSTREAM_WATCHDOG_SILENT_S": "3",
+                "MARKETSTREAM_WATCHDOG_SILENT_S": "6",
             }
         )
         settings = load_settings(base.as_environ(), overrides=source_overrides(base, "sim"))
