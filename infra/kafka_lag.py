@@ -11,7 +11,7 @@ from typing import Final
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
-from infra.kafka import unreachable
+from infra.kafka import SOON, unreachable
 from infra.settings import KafkaSettings
 from infra.watchdog import Waiting
 from schemas.topics import TOPICS
@@ -55,7 +55,7 @@ class KafkaLag:
 
     def _ends(self, places: list[tuple[str, int]]) -> dict[tuple[str, int], int]:
         if self._admin is None:
-            quiet = {"log_level": 0, "error_cb": lambda _error: None, "reconnect.backoff.ms": 50, "reconnect.backoff.max.ms": 250}
+            quiet = {"log_level": 0, "error_cb": lambda _error: None, **SOON}
             self._admin = AdminClient({**self._settings.client_config(), **quiet, "log.connection.close": False})
         prefix = self._settings.topic_prefix
         wanted = {TopicPartition(TOPICS[name].full_name(prefix), partition): OffsetSpec.latest() for name, partition in places}

@@ -201,7 +201,9 @@ class WatchdogSettings:
     """When a process that runs is started anew."""
 
     stuck_s: float = option(60.0, "seconds without progress while work waits and nobody else is in the way; a compile takes 30", low=1)
-    silent_s: float = option(10.0, "seconds without any answer of a process of ours; one that ends after SIGTERM may be silent for 5", low=6)
+    silent_s: float = option(
+        10.0, "seconds without any answer of a process of ours; one that ends after SIGTERM may be silent for 5", low=6
+    )
     server_silent_s: float = option(60.0, "seconds without any answer of a local server: broker, stores, registry", low=1)
 
 

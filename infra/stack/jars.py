@@ -84,6 +84,11 @@ def kafka_version(jars: list[Jar]) -> str:
     return next(jar.version for jar in jars if jar.artifact.startswith("kafka_"))
 
 
+def fingerprint(jars: list[Jar]) -> str:
+    """Eight hex digits that stand for these jars in this order."""
+    return hashlib.sha256("".join(jar.line() for jar in jars).encode()).hexdigest()[:8]
+
+
 def class_path(jars: list[Jar], cache: Path = CACHE_DIR) -> str:
     """The Java class path of the locked jars."""
     return os.pathsep.join(str(jar.path(cache)) for jar in jars)
@@ -188,8 +193,8 @@ def relock(version: str, file: Path = LOCK_FILE, cache: Path = CACHE_DIR) -> lis
     trust_system_certificates()
     context = MavenContext(repo_cache=cache / ".resolve", timeout=30)
     inputs, transitive = context.resolver.resolve([context.create_dependency(f"org.apache.kafka:kafka_2.13:{version}")])
-    jars = []
-    for dependency in [*inputs, *transitive]:
+    jars, wanted = [], [*inputs, *transitive]
+    for dependency in wanted:
         artifact = dependency.artifact
         if dependency.scope in ("test", "provided", "system"):
             continue
@@ -208,6 +213,8 @@ def relock(version: str, file: Path = LOCK_FILE, cache: Path = CACHE_DIR) -> lis
                 sha256=sha256_of(path),
             )
         )
+        if artifact.artifactId == "slf4j-api":  # without a binding the broker logs nothing: not a full disk, not a damaged segment
+            wanted.append(context.create_dependency(f"org.slf4j:slf4j-simple:{artifact.version}"))
     head = "# Kafka's jars in class path order: coordinate, bytes, SHA-256. Written by `python -m infra.stack.fetch --relock VERSION`.\n"
     file.write_text(head + "".join(jar.line() + "\n" for jar in jars))
     return jars

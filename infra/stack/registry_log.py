@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Producer, TopicPartition
 from confluent_kafka.cimpl import NewTopic
 
+from infra import kafka_topics
 from infra.errors import UnreachableError
 
 logger = logging.getLogger(__name__)
@@ -42,18 +42,14 @@ class SchemaLog:
         Raises:
             UnreachableError: the broker does not answer or refuses.
         """
-        admin = AdminClient(self._client)
         config = {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.5"}
         topic = NewTopic(self._topic, num_partitions=1, replication_factor=self._replication, config=config)
-        try:
-            admin.create_topics([topic], request_timeout=TIMEOUT_S)[self._topic].result(TIMEOUT_S)
-            logger.info("made the topic %s", self._topic)
-        except KafkaException as exc:
-            if exc.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                raise UnreachableError(
-                    f"the broker at {self._client['bootstrap.servers']} did not make the topic {self._topic}: {exc.args[0].str()}; "
-                    "check that it runs and MARKETSTREAM_KAFKA_BOOTSTRAP"
-                ) from exc
+        refusal = kafka_topics.create(self._client, [topic])[self._topic]
+        if refusal is not None:
+            raise UnreachableError(
+                f"the broker at {self._client['bootstrap.servers']} did not make the topic {self._topic}: {refusal.args[0].str()}; "
+                "check that it runs and MARKETSTREAM_KAFKA_BOOTSTRAP"
+            ) from refusal
 
     def read_all(self) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
         """Every record up to the end there is now, oldest first; records that are not JSON are skipped with a warning.

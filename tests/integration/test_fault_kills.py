@@ -110,7 +110,8 @@ def _recovery_s(running: Rig, component: str) -> float:
     while time.monotonic() - begun < 60:
         try:
             now = progress(running)
-        except MarketstreamError:  # the broker is away
+        except MarketstreamError:  # the broker is away; to ask without a pause would take a core from its start
+            time.sleep(0.05)
             continue
         if before < 0:
             before = now

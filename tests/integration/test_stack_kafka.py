@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -148,3 +150,33 @@ def test_each_server_is_ready_and_says_where(stack: RunningStack, name: str) -> 
     """The status names every server with its ports and log."""
     (status,) = [status for status in stack.supervisor.status() if status.name == name]
     assert status.state == "ready" and status.lives() and status.ports and status.log.endswith(f"{name}.log")
+
+
+def test_topics_are_made_while_the_broker_is_fenced_for_a_moment(tmp_path: Path) -> None:
+    """As a loaded one is that was late with a heartbeat; this one is late with each: 0.7 s of every 1.5 s it may hold a topic."""
+    port, controller_port = kafka.free_ports(2)
+    settings = KafkaSettings(bootstrap=f"127.0.0.1:{port}")
+    command = kafka.prepare(tmp_path / "kafka", settings, port=port, controller_port=controller_port)
+    with Path(command[-1]).open("a") as config:
+        config.write("broker.heartbeat.interval.ms=1500\n")
+    with (tmp_path / "out").open("wb") as out:
+        broker = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        until = time.monotonic() + 60
+        while kafka.probe(port) is not None and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(1.0)
+        for number in range(3):
+            wanted = replace(settings, topic_prefix=f"{number}.")
+            assert ensure_topics(wanted, [TOPICS["gaps"]]) == [f"{number}.gaps"]
+            time.sleep(0.5)
+    finally:
+        broker.kill()
+        broker.wait()
+
+
+def test_what_the_broker_warns_of_is_in_its_log_with_the_time(stack: RunningStack) -> None:
+    """And what it does all day is not: a line for every start, which elects the controller."""
+    lines = (stack.settings.data_dir / "logs" / "kafka.log").read_text().splitlines()
+    assert any(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARN .*QuorumController", line) for line in lines)
+    assert not any(" INFO " in line for line in lines)
