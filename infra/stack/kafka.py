@@ -57,7 +57,7 @@ def jvm(heap_mb: int, cache: Path = CACHE_DIR, aot: str | None = None) -> list[s
         flags.append(aot)
     elif aot_cache(cache).exists():
         # auto: a cache that does not fit (other Java, touched jars) is ignored, never an error
-        flags += [f"-XX:AOTCache={aot_cache(cache)}", "-XX:AOTMode=auto", "-Xlog:aot=off", "-Xlog:cds=off"]
+        flags += [f"-XX:AOTCache={aot_cache(cache)}", "-XX:AOTMode=auto", "-Xlog:aot*=off", "-Xlog:cds=off"]
     return [str(java()), *flags]
 
 
