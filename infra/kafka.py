@@ -61,16 +61,6 @@ class _Complaints:
             logger.warning("Kafka: %s", error.str())
 
 
-def _common(settings: KafkaSettings) -> dict[str, Any]:
-    return {
-        **settings.client_config(),
-        **SOON,
-        "log.connection.close": False,
-        "log_level": 2,  # its own lines go to standard error unformatted; what matters comes through error_cb
-        "error_cb": _Complaints(),
-    }
-
-
 SOON: Final = {
     "reconnect.backoff.ms": 50,
     "reconnect.backoff.max.ms": 100,
@@ -79,6 +69,16 @@ SOON: Final = {
 }
 """A broker that was killed serves again after two or three seconds. With librdkafka's pauses, up to a second between two requests and ten between
 two connections, it was 0.7 to 1.0 s more until it had the next record; with these 0.2. Ten attempts a second cost nothing."""
+
+
+def _common(settings: KafkaSettings) -> dict[str, Any]:
+    return {
+        **settings.client_config(),
+        **SOON,
+        "log.connection.close": False,
+        "log_level": 2,  # its own lines go to standard error unformatted; what matters comes through error_cb
+        "error_cb": _Complaints(),
+    }
 
 
 def producer_config(settings: KafkaSettings, **overrides: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from confluent_kafka import OFFSET_BEGINNING, TIMESTAMP_LOG_APPEND_TIME, Consume
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from infra.kafka import ensure_topics
+from infra.kafka import SOON, ensure_topics
 from infra.settings import KafkaSettings
 from infra.stack import kafka
 from schemas.topics import TOPICS
@@ -69,8 +69,7 @@ def test_acknowledged_records_survive_kill_9_of_the_broker(stack: RunningStack, 
     topic = topic_prefix + "kills"
     _make_topic(stack, topic)
     acknowledged: list[bytes] = []
-    config = {**stack.settings.kafka.client_config(), "enable.idempotence": True, "linger.ms": 1, "log_level": 0}
-    producer = Producer({**config, "reconnect.backoff.max.ms": 100, "retry.backoff.ms": 50})
+    producer = Producer({**stack.settings.kafka.client_config(), **SOON, "enable.idempotence": True, "linger.ms": 1, "log_level": 0})
     number = 0
     for _ in range(3):
         (pid,) = [status.pid for status in stack.supervisor.status() if status.name == "kafka"]
