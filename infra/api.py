@@ -24,6 +24,7 @@ from api.stream import RAW_WRITER
 from infra.api_frames import KafkaFrames
 from infra.api_stores import ClickHouseHistory, PostgresLetters, PostgresSymbols
 from infra.coverage import LedgerReader
+from infra.ending import on_request_to_end_loop
 from infra.errors import MarketstreamError, PortInUseError
 from infra.logs import setup_logging
 from infra.seam import SystemClock
@@ -134,7 +135,7 @@ def server_config(api: Api, *, host: str = "127.0.0.1", port: int = 0) -> uvicor
         log_level="warning",  # below it uvicorn writes a line for every connection
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=3,
         h11_max_incomplete_event_size=16 * 1024,
         lifespan="on",
     )
@@ -180,8 +181,7 @@ async def serve(settings: Settings) -> None:
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 20, 50)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, server.handle_exit, number, None)
+        on_request_to_end_loop(asyncio.get_running_loop(), lambda: server.handle_exit(signal.SIGTERM, None))
         await server.serve(sockets=[listener])
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import sys
 from collections.abc import Iterator
 from typing import Any, Final
@@ -29,6 +28,7 @@ from collectors.coverage import Resume
 from collectors.errors import BlockedError, BreakerOpenError, CollectorError, VenueError
 from infra.collector_metrics import CollectorMetrics
 from infra.collector_resume import left_off
+from infra.ending import on_request_to_end_loop
 from infra.errors import MarketstreamError, SettingsError, UnreachableError
 from infra.health import HealthServer
 from infra.kafka import FrameProducer
@@ -46,8 +46,8 @@ from schemas.symbols import check_symbol
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S: Final = 5.0
-"""SIGTERM to exit; the supervisor's patience is longer."""
+DRAIN_S: Final = 4.0
+"""SIGTERM to exit, before ``infra.ending`` ends the process whatever hangs."""
 FLUSH_S: Final = 2.0
 """Of these, how long to wait for acknowledgements; what has none by then is kept on disk and sent at the next start."""
 MAX_DEAD_LETTERS: Final = 10_000
@@ -364,9 +364,7 @@ async def _run(process: CollectorProcess, settings: Settings, registry: Registry
     REGISTRY.register(metrics)
     monitor = Monitor(process, settings.watchdog.stuck_s, SystemClock())
     health = HealthServer(settings.collector.health_port, process.reasons, monitor=monitor).start()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, process.stop)
+    on_request_to_end_loop(asyncio.get_running_loop(), process.stop)
     try:
         await process.run()
     finally:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import Counter, Gauge
 
+from infra.ending import on_request_to_end_loop
 from infra.errors import MarketstreamError, UnreachableError
 from infra.health import HealthServer
 from infra.kafka import FrameProducer
@@ -290,9 +290,7 @@ async def repair(settings: Settings) -> None:
         process = RepairProcess(settings, registry, SystemClock())
         monitor = Monitor(process, settings.watchdog.stuck_s, SystemClock())
         health = HealthServer(settings.repair.health_port, process.reasons, monitor=monitor).start()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, process.stop)
+        on_request_to_end_loop(asyncio.get_running_loop(), process.stop)
         try:
             await process.run()
         finally:
