@@ -134,10 +134,10 @@ class BarWork:
 
     verb = "applied"
 
-    def __init__(self, runner: BarRunner, lag: KafkaLag) -> None:
+    def __init__(self, runner: BarRunner, lag: KafkaLag, partitions: int) -> None:
         self._runner, self._lag = runner, lag
-        self.partitions: frozenset[int] = frozenset()
-        """What the group gave it."""
+        self.partitions: frozenset[int] = frozenset(range(partitions))
+        """What the group gave it; until it has, any may wait for this worker: one that never joins must not wait for ever."""
 
     def done(self) -> int:
         """See Work.done."""
@@ -165,7 +165,9 @@ def run(settings: Settings, index: int) -> int:
     import faust  # here, not at the top: it costs 0.6 s, and a settings error should not wait for it
 
     from streams.app import AppConfig, create_app
+    from streams.group_client import wait_for_metadata
 
+    wait_for_metadata()
     registry = RegistryClient.from_settings(settings)
     # Faust's consumer runs in a thread of its own; at the default of 5 ms a frame waits that long for the interpreter at every hand-over
     sys.setswitchinterval(_SWITCH_S)
@@ -183,7 +185,7 @@ def run(settings: Settings, index: int) -> int:
     app = create_app(config, runner)
     progress = {"assigned": 0.0, "beat": SYSTEM.monotonic_s()}
     counted = {"trades": 0, "held": 0}
-    work = BarWork(runner, KafkaLag(settings.kafka))
+    work = BarWork(runner, KafkaLag(settings.kafka), settings.kafka.partitions)
 
     @app.on_partitions_assigned.connect
     async def assigned(_: Any, partitions: Any, **__: Any) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import KafkaConnectionError
 from confluent_kafka import OFFSET_BEGINNING, TIMESTAMP_LOG_APPEND_TIME, Consumer, KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
@@ -19,6 +23,7 @@ from infra.kafka import SOON, ensure_topics
 from infra.settings import KafkaSettings
 from infra.stack import kafka
 from schemas.topics import TOPICS
+from streams.group_client import wait_for_metadata
 from tests.integration.conftest import RunningStack
 
 
@@ -151,8 +156,9 @@ def test_each_server_is_ready_and_says_where(stack: RunningStack, name: str) -> 
     assert status.state == "ready" and status.lives() and status.ports and status.log.endswith(f"{name}.log")
 
 
-def test_topics_are_made_while_the_broker_is_fenced_for_a_moment(tmp_path: Path) -> None:
-    """As a loaded one is that was late with a heartbeat; this one is late with each: 0.7 s of every 1.5 s it may hold a topic."""
+@pytest.fixture
+def late(tmp_path: Path) -> Iterator[KafkaSettings]:
+    """A broker that is late with every heartbeat, as a loaded one may be with one: 0.7 s of every 1.5 it lists no node and holds no topic."""
     port, controller_port = kafka.free_ports(2)
     settings = KafkaSettings(bootstrap=f"127.0.0.1:{port}")
     command = kafka.prepare(tmp_path / "kafka", settings, port=port, controller_port=controller_port)
@@ -165,13 +171,49 @@ def test_topics_are_made_while_the_broker_is_fenced_for_a_moment(tmp_path: Path)
         while kafka.probe(port) is not None and time.monotonic() < until:
             time.sleep(0.1)
         time.sleep(1.0)
-        for number in range(3):
-            wanted = replace(settings, topic_prefix=f"{number}.")
-            assert ensure_topics(wanted, [TOPICS["gaps"]]) == [f"{number}.gaps"]
-            time.sleep(0.5)
+        yield settings
     finally:
         broker.kill()
         broker.wait()
+
+
+def test_topics_are_made_while_the_broker_is_fenced_for_a_moment(late: KafkaSettings) -> None:
+    """Whenever it is asked for them."""
+    for number in range(3):
+        wanted = replace(late, topic_prefix=f"{number}.")
+        assert ensure_topics(wanted, [TOPICS["gaps"]]) == [f"{number}.gaps"]
+        time.sleep(0.5)
+
+
+def test_a_consumer_that_begins_before_the_broker_lists_a_node_waits_for_one(late: KafkaSettings) -> None:
+    """As a worker does that is started with its broker. Ten begin 0.2 s apart, so that some meet it without a node."""
+    ensure_topics(late, [TOPICS["gaps"]])
+    wait_for_metadata()
+
+    async def joined(number: int) -> int:
+        await asyncio.sleep(0.2 * number)
+        consumer = AIOKafkaConsumer(bootstrap_servers=late.bootstrap, group_id=f"group-{number}", session_timeout_ms=30_000)
+        for _ in range(20):  # a start without a coordinator is refused, and Faust begins anew
+            try:
+                await consumer.start()
+                break
+            except KafkaConnectionError:
+                await asyncio.sleep(0.1)
+        try:
+            consumer.subscribe([TOPICS["gaps"].full_name("")])
+            async with asyncio.timeout(20):
+                while not consumer.assignment():
+                    await asyncio.sleep(0.05)
+            return len(consumer.assignment())
+        finally:
+            await consumer.stop()
+
+    count = late.partitions
+
+    async def all_joined() -> list[int]:
+        return await asyncio.gather(*(joined(number) for number in range(10)))
+
+    assert asyncio.run(all_joined()) == [count] * 10
 
 
 def test_what_the_broker_warns_of_is_in_its_log_with_the_time(stack: RunningStack) -> None:

@@ -16,13 +16,14 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from infra.kafka import FrameProducer, committed_offsets, consumer_config, end_offsets
+from infra.kafka_lag import KafkaLag
 from infra.progress import worker_offsets
 from infra.provision import provision
 from infra.registry_client import RegistryClient
 from infra.seam import SystemClock
 from infra.settings import Settings
 from infra.stack.kafka import free_ports
-from infra.worker import bar_codecs, bar_config
+from infra.worker import BarWork, bar_codecs, bar_config, build_runner
 from schemas.codec import RowCodec
 from streams import plain_loop
 from streams.records import OutRecord
@@ -265,3 +266,15 @@ async def test_input_is_committed_only_behind_a_snapshot(settings: Settings) -> 
                 break
             await asyncio.sleep(0.2)
     assert committed == ends
+
+
+async def test_records_wait_for_a_worker_that_never_joins_its_group(settings: Settings) -> None:
+    """So its watchdog ends it; one that joined and was given nothing is idle."""
+    with RegistryClient.from_settings(settings) as registry:
+        work = BarWork(build_runner(settings, registry), KafkaLag(settings.kafka), settings.kafka.partitions)
+    assert (await asyncio.to_thread(work.waiting)).count == 0
+    frames = encoded(settings, count=2_000)
+    await publish(settings, frames)
+    assert (await asyncio.to_thread(work.waiting)).count == len(frames)
+    work.partitions = frozenset()
+    assert (await asyncio.to_thread(work.waiting)).count == 0
