@@ -8,6 +8,7 @@ from __future__ import annotations
 from infra.cli.output import Output
 from infra.errors import SettingsError
 from infra.simulation.bugs import BUGS, planted
+from infra.simulation.side_by_side import side_by_side
 from infra.simulation.world import Result, Scenario, simulate
 
 MAX_SHOWN = 5
@@ -27,6 +28,12 @@ def seeds_of(seed: int | None, seeds: str | None) -> range:
 def scenario_of(seed: int, *, kills: int | None, plain: bool) -> Scenario:
     """The world of a seed under the options given."""
     return Scenario.plain(seed) if plain else Scenario.drawn(seed, kills=kills)
+
+
+def _world(call: tuple[int, int | None, bool, str | None], output: Output | None = None, trace: bool = False) -> Result:
+    number, kills, plain, plant = call
+    with planted(plant):
+        return simulate(scenario_of(number, kills=kills, plain=plain), output.line if output is not None and trace else None)
 
 
 def replay_command(seed: int, *, kills: int | None, plain: bool, plant: str | None) -> str:
@@ -53,10 +60,10 @@ def run(
         raise SettingsError(f"--plant {plant}: no such bug. Known are: {', '.join(BUGS)}.")
     asked = seeds_of(seed, seeds)
     failed = 0
-    for number in asked:
-        scenario = scenario_of(number, kills=kills, plain=plain)
-        with planted(plant):
-            result = simulate(scenario, output.line if trace else None)
+    worlds = ((number, kills, plain, plant) for number in asked)
+    # one world is run here; more, one a core
+    results = side_by_side(_world, worlds) if len(asked) > 1 and not trace else ((call, _world(call, output, trace)) for call in worlds)
+    for (number, *_), result in results:
         command = replay_command(number, kills=kills, plain=plain, plant=plant)
         _tell(output, result, command)
         failed += bool(result.violations)

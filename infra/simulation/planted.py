@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from infra.prove.figures import note_figures
 from infra.simulation.bugs import BUGS, planted
+from infra.simulation.side_by_side import side_by_side
 from infra.simulation.world import Scenario, simulate
 
 
@@ -24,18 +25,26 @@ def find(name: str, seeds: Iterable[int]) -> tuple[int, str] | None:
     return None
 
 
+def _find(call: tuple[str, int]) -> tuple[int, str] | None:
+    name, seeds = call
+    return find(name, range(1, seeds + 1))
+
+
+def _violates(seed: int) -> bool:
+    return bool(simulate(Scenario.drawn(seed)).violations)
+
+
 def run(seeds: int, tell: Callable[[str], None]) -> tuple[dict[str, int | None], list[int]]:
     """(bug -> seed that found it, seeds that break a promise without any bug), over seeds 1..``seeds``.
 
     Without bugs every seed is run that found one, and as many as were needed for the one that took longest.
     """
     found: dict[str, int | None] = {}
-    for name in BUGS:
-        hit = find(name, range(1, seeds + 1))
+    for (name, _), hit in side_by_side(_find, ((name, seeds) for name in BUGS)):
         found[name] = None if hit is None else hit[0]
         tell(f"{name}: {'not found' if hit is None else f'seed {hit[0]}: {hit[1]}'}")
     last = max((seed for seed in found.values() if seed is not None), default=0)
-    broken = [seed for seed in range(1, last + 1) if simulate(Scenario.drawn(seed)).violations]
+    broken = [seed for seed, violated in side_by_side(_violates, range(1, last + 1)) if violated]
     tell(f"seeds 1..{last} without a bug: {len(broken)} broke a promise {broken[:10]}")
     return found, broken
 
