@@ -49,8 +49,8 @@ FOLDER = Path(__file__).parents[3] / "shared" / "data" / "ws" / "binance"
 PASSES = 133 if FULL else 1
 STRETCH_US = 651_000_000
 LATENESS_ROWS = 60
-"""A shuffled trade comes up to so many trades of its symbol after its turn. The bars remember a bounded number of id holes a symbol; beyond it
-a trade is given to the repair, which is another test's matter."""
+"""A shuffled trade comes up to so many trades of its symbol after its turn, though not after a pause longer than bars are revised back. The bars
+remember a bounded number of id holes a symbol; beyond either a trade is given to the repair, which is another test's matter."""
 LATE_US = 28_000_000
 """A late trade comes up to so much exchange time after its turn, when its bars have long been published: they are revised up to 30 s back."""
 LATE_SHARE = 0.01
@@ -125,7 +125,8 @@ def frames_of(
     time_us = trades["exchange_time_us"].to_numpy()
     order = np.lexsort((trades["trade_id"].to_numpy(), time_us))
     if shuffle is not None:
-        turn = np.arange(len(order)) + _generator(shuffle).integers(0, LATENESS_ROWS, len(order))
+        paused = np.append(0, np.cumsum(np.diff(time_us[order]) > LATE_US))  # what comes after so long a pause comes after all before it
+        turn = np.arange(len(order)) + _generator(shuffle).integers(0, LATENESS_ROWS, len(order)) + LATENESS_ROWS * paused
         turn[0] = -1  # where a source begins decides from when on its bars are complete: the first trade stays the first
         order = order[np.argsort(turn, kind="stable")]
     if late is not None:
