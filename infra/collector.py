@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 DRAIN_S: Final = 4.0
 """SIGTERM to exit, before ``infra.ending`` ends the process whatever hangs."""
-FLUSH_S: Final = 2.0
+FLUSH_S: Final = 1.0
 """Of these, how long to wait for acknowledgements; what has none by then is kept on disk and sent at the next start."""
 MAX_DEAD_LETTERS: Final = 10_000
 """Dead letters that wait for the broker; more are counted, not kept."""

@@ -13,7 +13,7 @@ from typing import Final
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S: Final = 4.2
+DRAIN_S: Final = 4.4
 """From the request to the end, whatever hangs; the promise is 5 s, and a busy machine may be late with a timer."""
 _SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 
