@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import faust
 from faust.tables.manager import TableManager
+from faust.tables.recovery import Recovery
 from faust.types import TP
 
 from streams.runner import BarRunner
@@ -41,8 +42,26 @@ class AppConfig:
     """Faust broker credentials, None for plaintext."""
 
 
+class _Recovery(Recovery):  # type: ignore[misc]  # Faust carries no types
+    """Faust's recovery, which after each rebalance asks for the committed offsets and lets the streams flow.
+
+    It gives that 90 s (``broker_request_timeout``) and takes the end of its patience for the end of the service: a worker that was given its
+    partitions while the broker hung for longer never read again.
+    """
+
+    async def _wait(self, coro: Any, timeout: Any = None) -> None:
+        await super()._wait(coro)  # until it is done, or the next rebalance begins anew
+
+
 class _NoTables(TableManager):  # type: ignore[misc]  # Faust carries no types
     """Faust's table manager where there are no tables: its start waits a second for them to be declared, a third of a worker's restart."""
+
+    @property
+    def recovery(self) -> _Recovery:
+        """The recovery."""
+        if self._recovery is None:
+            self._recovery = _Recovery(self.app, self, beacon=self.beacon, loop=self.loop)
+        return self._recovery
 
     async def on_start(self) -> None:
         """Declare that there are none, and begin."""

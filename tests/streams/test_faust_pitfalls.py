@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,15 @@ def test_the_installed_faust_is_the_one_these_tests_are_about() -> None:
 
     assert faust.__version__ == "0.15.3"
     assert "faust-streaming==0.15.3" in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+async def test_a_recovery_outlives_a_broker_that_hangs(app: Any) -> None:
+    """Pitfall 26: Faust takes 90 s without the committed offsets for the end of its service, and the worker never reads again."""
+    done = []
+
+    async def asks() -> None:
+        await asyncio.sleep(0.2)
+        done.append("committed offsets")
+
+    await app.tables.recovery._wait(asks(), timeout=0.01)
+    assert done
