@@ -56,6 +56,8 @@ class _Recovery(Recovery):  # type: ignore[misc]  # Faust carries no types
 class _NoTables(TableManager):  # type: ignore[misc]  # Faust carries no types
     """Faust's table manager where there are no tables: its start waits a second for them to be declared, a third of a worker's restart."""
 
+    _recovery: _Recovery | None
+
     @property
     def recovery(self) -> _Recovery:
         """The recovery."""
