@@ -123,12 +123,12 @@ LINES: Final[tuple[Line, ...]] = (
             Step(
                 name="every test the matrix names",
                 tests=_matrix(),
-                full={"PROVE_CELLS": "all", "PROVE_KILLS": "5", "MARKETSTREAM_TEST_OLD_CODE": "1"},
+                full={"PROVE_CELLS": "all", "PROVE_KILLS": "5", "PROVE_OLD_CODE": "1"},
             ),
             Step(
                 name="ten minutes without broker and ClickHouse",
                 tests=_integration("test_supervision.py"),
-                full={"MARKETSTREAM_OUTAGE_S": "600"},
+                full={"PROVE_OUTAGE_S": "600"},
             ),
         ),
     ),

@@ -1,6 +1,6 @@
 """Releases side by side on one broker: an upgrade rolls through workers, sink and API while old and new producers write; no row differs.
 
-``MARKETSTREAM_TEST_OLD_CODE=1``, as the full proof sets it, runs the old release's own code as the old worker, not only its schemas; it needs
+``PROVE_OLD_CODE=1``, as the full proof sets it, runs the old release's own code as the old worker, not only its schemas; it needs
 a checkout with its history, and compiles that release's kernels first, half a minute.
 """
 
@@ -43,7 +43,7 @@ from tests.performance import market
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITS = {"0.1.0": "81318a4"}
-OLD_CODE = os.environ.get("MARKETSTREAM_TEST_OLD_CODE") == "1"
+OLD_CODE = os.environ.get("PROVE_OLD_CODE") == "1"
 RELEASES = list(released())
 TRADES, SYMBOLS = 8_000, 40
 

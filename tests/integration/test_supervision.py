@@ -1,6 +1,6 @@
 """A running stack keeps every trade while a server is away, ends within 5 s when asked to, and heals what hangs.
 
-``MARKETSTREAM_OUTAGE_S`` is how long servers are away (default 8: a silent broker is named after 6; 600 for the full proof), ``MARKETSTREAM_OUTAGE_RATE`` trades a second
+``PROVE_OUTAGE_S`` is how long servers are away (default 8: a silent broker is named after 6; 600 for the full proof), ``PROVE_OUTAGE_RATE`` trades a second
 (default 5,000). With ``-s`` the figures are printed: memory of every process before, at most during and after, spool, recovery.
 """
 
@@ -39,8 +39,8 @@ from tests.integration.fault_tables import BAR_KEY, closed_bars, difference, und
 
 pytestmark = pytest.mark.timeout(3600)
 
-OUTAGE_S = float(os.environ.get("MARKETSTREAM_OUTAGE_S", "8"))
-RATE = int(os.environ.get("MARKETSTREAM_OUTAGE_RATE", "5000"))
+OUTAGE_S = float(os.environ.get("PROVE_OUTAGE_S", "8"))
+RATE = int(os.environ.get("PROVE_OUTAGE_RATE", "5000"))
 DRAIN_LIMIT_S = 5.0
 MEMORY_LIMIT_BYTES = 96 * 1024 * 1024
 """A process may grow by this much in an outage: its bounded queues and allocator slack. A minute of 5,000 trades/s is 17 MB of frames."""
