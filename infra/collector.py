@@ -189,12 +189,13 @@ class CollectorProcess:
         self._fixed = {check_symbol(symbol) for symbol in settings.symbols}
         for name in ("trades", "gaps", "deadletter"):  # the first frame must not wait for the registry on the event loop
             await asyncio.to_thread(self._registry.register, name)
-        # loads the compiled reader (0.2 s; 2 s to compile where nobody did) before there is anything to read, while servers are waited for
-        loaded = asyncio.create_task(asyncio.to_thread(BinanceMapper(venue.kind).parse, [b"{}"]))
         if not await self.sent_before():
             return
-        resume = await asyncio.to_thread(self._positions, venue)
-        await loaded
+        resume, _ = await asyncio.gather(
+            asyncio.to_thread(self._positions, venue),
+            # loads the compiled reader (0.2 s; 2 s to compile where nobody did) before there is anything to read
+            asyncio.to_thread(BinanceMapper(venue.kind).parse, [b"{}"]),
+        )
         dead_letters = KafkaDeadLetters(self._sink, self._metrics)
         async with httpx.AsyncClient(timeout=10.0, trust_env=not _is_loopback(venue.rest_url)) as http:
             rest = BinanceRest(venue, http, self._clock, Breaker(f"{venue.exchange}/rest"))

@@ -38,15 +38,12 @@ _STORE_TIMEOUT_S: Final = 5
 def left_off(settings: Settings, registry: RegistryClient, exchange: str, *, consecutive: bool, now_us: int) -> dict[str, Resume]:
     """Instrument key -> what to go on with. Raises UnreachableError when Kafka does not answer; ClickHouse may be away."""
     found = LeftOff(exchange, settings.kafka.partitions, consecutive=consecutive)
-    try:
-        gaps = []
-        for topic_name, partition, frame in _tails(settings.kafka, registry):
-            if topic_name == "trades":
-                found.trades(partition, frame)
-            else:
-                gaps.append(frame)  # a row of the ledger is about trades before it
-    except KafkaException as exc:
-        raise unreachable(settings.kafka, exc) from exc
+    gaps = []
+    for topic_name, partition, frame in _tails(settings.kafka, registry):
+        if topic_name == "trades":
+            found.trades(partition, frame)
+        else:
+            gaps.append(frame)  # a row of the ledger is about trades before it
     for frame in gaps:
         found.gaps(frame)
     try:
@@ -58,7 +55,7 @@ def left_off(settings: Settings, registry: RegistryClient, exchange: str, *, con
 
 
 def _tails(settings: KafkaSettings, registry: RegistryClient) -> Iterator[tuple[str, int, Frame]]:
-    """(topic, partition, frame) of the newest records, those of a partition in order. Raises UnreachableError, KafkaException.
+    """(topic, partition, frame) of the newest records, those of a partition in order. Raises UnreachableError.
 
     All at once, and the ends asked for before anything is read: a question waits behind the fetch that is under way, a tenth of a second
     each (1.2 of the 3.3 s in which a killed collector was back).
@@ -93,6 +90,8 @@ def _tails(settings: KafkaSettings, registry: RegistryClient) -> Iterator[tuple[
                     yield name, place[1], decode_learning(codecs[name], message.value(), registry.schema)
                 except DecodeError:
                     continue  # the worker dead-letters it; here it only tells nothing
+    except KafkaException as exc:
+        raise unreachable(settings, exc) from exc
     finally:
         consumer.close()
 

@@ -31,8 +31,8 @@ def end_within(seconds: float = DRAIN_S) -> None:
 def on_request_to_end(stop: Callable[[], None]) -> None:
     """Call ``stop`` from a thread of its own once SIGTERM or SIGINT comes, and end within ``DRAIN_S``.
 
-    For processes without an event loop. A handler in the main thread would wait for as long as that thread is inside a client's library, which a server that hangs can make
-    minutes; so the interpreter's own handler wakes a thread. Call it from the main thread.
+    For processes without an event loop; call it from the main thread. A handler there would wait for as long as that thread is inside a
+    client's library, which a server that hangs can make minutes; so the interpreter's own handler wakes a thread.
     """
     awaited, woken = socket.socketpair()
     woken.setblocking(False)

@@ -5,6 +5,8 @@ Exit code 0 when every invariant held in every world, 1 otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from infra.cli.output import Output
 from infra.errors import SettingsError
 from infra.simulation.bugs import BUGS, planted
@@ -30,10 +32,10 @@ def scenario_of(seed: int, *, kills: int | None, plain: bool) -> Scenario:
     return Scenario.plain(seed) if plain else Scenario.drawn(seed, kills=kills)
 
 
-def _world(call: tuple[int, int | None, bool, str | None], output: Output | None = None, trace: bool = False) -> Result:
+def _world(call: tuple[int, int | None, bool, str | None], tell: Callable[[str], None] | None = None) -> Result:
     number, kills, plain, plant = call
     with planted(plant):
-        return simulate(scenario_of(number, kills=kills, plain=plain), output.line if output is not None and trace else None)
+        return simulate(scenario_of(number, kills=kills, plain=plain), tell)
 
 
 def replay_command(seed: int, *, kills: int | None, plain: bool, plant: str | None) -> str:
@@ -62,7 +64,11 @@ def run(
     failed = 0
     worlds = ((number, kills, plain, plant) for number in asked)
     # one world is run here; more, one a core
-    results = side_by_side(_world, worlds) if len(asked) > 1 and not trace else ((call, _world(call, output, trace)) for call in worlds)
+    results = (
+        side_by_side(_world, worlds)
+        if len(asked) > 1 and not trace
+        else ((call, _world(call, output.line if trace else None)) for call in worlds)
+    )
     for (number, *_), result in results:
         command = replay_command(number, kills=kills, plain=plain, plant=plant)
         _tell(output, result, command)

@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
 from multiprocessing import get_context
 from typing import Final, TypeVar
 
@@ -33,11 +34,7 @@ def side_by_side(work: Callable[[_T], _R], calls: Iterable[_T]) -> Iterator[tupl
         waiting = iter(calls)
         try:
             while True:
-                while len(begun) < AHEAD:
-                    try:
-                        call = next(waiting)
-                    except StopIteration:
-                        break
+                for call in islice(waiting, AHEAD - len(begun)):
                     begun.append((call, pool.submit(work, call)))
                 if not begun:
                     return

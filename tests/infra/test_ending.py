@@ -24,7 +24,7 @@ async def main():
 asyncio.run(main())
 """
 HANGS_OUTSIDE_A_LOOP = """
-import threading, time
+import time
 from infra.ending import on_request_to_end
 
 on_request_to_end(lambda: None)

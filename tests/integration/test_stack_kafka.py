@@ -208,12 +208,10 @@ def test_a_consumer_that_begins_before_the_broker_lists_a_node_waits_for_one(lat
         finally:
             await consumer.stop()
 
-    count = late.partitions
-
     async def all_joined() -> list[int]:
         return await asyncio.gather(*(joined(number) for number in range(10)))
 
-    assert asyncio.run(all_joined()) == [count] * 10
+    assert asyncio.run(all_joined()) == [late.partitions] * 10
 
 
 def test_what_the_broker_warns_of_is_in_its_log_with_the_time(stack: RunningStack) -> None:
